@@ -1,0 +1,1 @@
+"""Parts that every package of this repository shares; imports none of them."""
