@@ -1,0 +1,1 @@
+"""Diffusion language models behind one forward contract (`reoac_jax.backbone.base`)."""

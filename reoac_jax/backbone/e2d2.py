@@ -1,0 +1,492 @@
+"""E2D2: encoder-decoder block diffusion over a Qwen3-style transformer (Arriola et al., 2025).
+
+A deep encoder reads clean tokens, a light decoder denoises a block of masked tokens and attends to
+the encoder. Two ways of attending: "last hidden" (each decoder layer projects the encoder's final
+state with its own key/value weights) and "shared KV" (decoder layer i reuses the keys and values
+of encoder layer kv_layers[i]). In both, a decoder layer is an ordinary transformer layer with
+context keys and values in front of its own, so one layer function serves all stacks.
+
+Three ways to score a canvas (`score_mode`):
+  blockwise      the training geometry: the encoder reads the whole sequence block-causally, each
+                 block of the decoder sees earlier blocks of the encoder and itself;
+  single_block   the encoder reads the prompt alone, the decoder the whole canvas bidirectionally
+                 (block size = canvas length; for models trained so);
+  left_to_right  blockwise, but only the left-most unfinished block of a row may be edited.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from common.lm import layers
+from common.lm.layers import KeyValue, Params
+from reoac_jax.types import BackboneOutput
+
+SCORE_MODES = ("blockwise", "single_block", "left_to_right")
+NEG_INF = -1e9  # finite, so that differences of two excluded scores are not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class E2D2Config:
+    """Static description of an E2D2 network; hashable, so it can be a static jit argument.
+
+    Attributes:
+      kv_layers: "shared KV" only: the encoder layer whose keys and values decoder layer i reads.
+      block_size: S, tokens per block.
+      length: longest sequence of training, in tokens.
+      tie_head: logits use the embedding table.
+      tie_encoder_decoder: the decoder is the top `num_decoder_layers` of the encoder itself.
+      prompt_attention: how a prompt is encoded at generation: "bidirectional" | "block_causal".
+      dtype: activation dtype, "float32" | "bfloat16"; parameters stay float32.
+    """
+
+    vocab_size: int
+    mask_id: int
+    hidden_size: int
+    intermediate_size: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    length: int
+    pad_id: int = 0
+    bos_id: int = 0
+    eos_id: int = 0
+    rope_theta: float = 1e6
+    rms_eps: float = 1e-6
+    tie_head: bool = True
+    share_kv: bool = False
+    tie_encoder_decoder: bool = False
+    kv_layers: tuple[int, ...] = ()
+    encoder_causal: bool = False
+    keep_clean_bos: bool = True
+    train_on_context: bool = False
+    noise: str = "linear"
+    score_mode: str = "blockwise"
+    prompt_attention: str = "bidirectional"
+    dtype: str = "float32"
+    attn_impl: str = "auto"
+    remat: bool = False
+
+    @property
+    def activation_dtype(self) -> Any:
+        """The jnp dtype of activations."""
+        return jnp.dtype(self.dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def _stack_spec(cfg: E2D2Config, n: int) -> dict[str, Any]:
+    """Nested {name: shape} of n stacked layers."""
+    d, k = cfg.hidden_size, cfg.head_dim
+    return {
+        "norm_attn": {"scale": (n, d)},
+        "attn": {
+            "q": {"kernel": (n, d, cfg.num_heads, k)},
+            "k": {"kernel": (n, d, cfg.num_kv_heads, k)},
+            "v": {"kernel": (n, d, cfg.num_kv_heads, k)},
+            "o": {"kernel": (n, cfg.num_heads, k, d)},
+            "q_norm": {"scale": (n, k)},
+            "k_norm": {"scale": (n, k)},
+        },
+        "norm_mlp": {"scale": (n, d)},
+        "mlp": {
+            "gate": {"kernel": (n, d, cfg.intermediate_size)},
+            "up": {"kernel": (n, d, cfg.intermediate_size)},
+            "down": {"kernel": (n, cfg.intermediate_size, d)},
+        },
+    }
+
+
+def parameter_shapes(cfg: E2D2Config) -> dict[str, Any]:
+    """Nested {name: shape} of every parameter, in float32."""
+    d = cfg.hidden_size
+    spec: dict[str, Any] = {
+        "embed": {"embedding": (cfg.vocab_size, d)},
+        "encoder": {
+            "layers": _stack_spec(cfg, cfg.num_encoder_layers),
+            "norm_final": {"scale": (d,)},
+        },
+    }
+    if not cfg.tie_encoder_decoder:
+        spec["decoder"] = {
+            "layers": _stack_spec(cfg, cfg.num_decoder_layers),
+            "norm_final": {"scale": (d,)},
+        }
+    if not cfg.tie_head:
+        spec["head"] = {"kernel": (d, cfg.vocab_size)}
+    return spec
+
+
+def _initializer(name: str, parent: str, num_layers: int) -> nn.initializers.Initializer:
+    """Normal(0.02) for tables and projections, ones for norms.
+
+    Projections that write to the residual stream are scaled by 1/sqrt(2 n), so that the stream's
+    variance does not grow with depth.
+    """
+    if name == "scale":
+        return nn.initializers.ones
+    if parent in ("o", "down"):
+        return nn.initializers.normal(0.02 / (2 * num_layers) ** 0.5)
+    return nn.initializers.normal(0.02)
+
+
+class ParameterTree(nn.Module):
+    """Declares the nested parameter tree of `spec` under its own name and returns it.
+
+    The maths lives in pure functions that take slices of this tree: tied stacks, shared keys and
+    values and decoding caches need a layer's weights outside of any module call.
+    """
+
+    spec: Mapping[str, Any]
+    num_layers: int
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for name, entry in self.spec.items():
+            if isinstance(entry, Mapping):
+                tree[name] = ParameterTree(entry, self.num_layers, name=name)()
+            else:
+                init = _initializer(name, self.name or "", self.num_layers)
+                tree[name] = self.param(name, init, tuple(entry), jnp.float32)
+        return tree
+
+
+class E2D2(nn.Module):
+    """The Linen face of the network: `init` makes the parameters, `apply` scores a batch."""
+
+    cfg: E2D2Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, **kwargs: Any) -> BackboneOutput:
+        """See `score`."""
+        depth = self.cfg.num_encoder_layers + self.cfg.num_decoder_layers
+        params = {}
+        for name, entry in parameter_shapes(self.cfg).items():
+            params[name] = ParameterTree(entry, depth, name=name)()
+        return score(params, self.cfg, tokens, **kwargs)
+
+
+def init_params(key: jax.Array, cfg: E2D2Config) -> Params:
+    """Fresh float32 parameters; jitted, so that no eager op runs per leaf."""
+    tokens = jnp.zeros((1, cfg.block_size), jnp.int32)
+
+    def init(k: jax.Array) -> Any:
+        ones = jnp.ones_like(tokens, bool)
+        variables = E2D2(cfg).init(
+            k, tokens, attention_mask=ones, context_mask=~ones, score_mode="blockwise"
+        )
+        return variables["params"]
+
+    return jax.jit(init)(key)
+
+
+# --------------------------------------------------------------------------------------------------
+# Masks
+
+
+def encoder_mask(
+    attention_mask: jax.Array, context_mask: jax.Array, block_size: int, causal: bool = False
+) -> jax.Array:
+    """A_enc [B, L, L]: block-causal, or causal; every query sees every prompt key; no padding.
+
+    Args:
+      attention_mask: bool [B, L], True = real token.
+      context_mask: bool [B, L], True = prompt.
+      block_size: S.
+      causal: plain causal in place of block-causal.
+    """
+    position = jnp.arange(attention_mask.shape[1])
+    unit = position if causal else position // block_size
+    allowed = (unit[:, None] >= unit[None, :])[None] | context_mask[:, None, :]
+    return allowed & attention_mask[:, None, :] & attention_mask[:, :, None]  # [B, L, L]
+
+
+def decoder_mask(attention_mask: jax.Array, block_size: int) -> jax.Array:
+    """A_dec [B, L, 2L]: clean keys of earlier blocks, then noisy keys of the own block."""
+    block = jnp.arange(attention_mask.shape[1]) // block_size
+    clean, noisy = block[:, None] > block[None, :], block[:, None] == block[None, :]
+    allowed = jnp.concatenate([clean, noisy], axis=1)[None]
+    keys = jnp.concatenate([attention_mask, attention_mask], axis=1)
+    return allowed & keys[:, None, :] & attention_mask[:, :, None]  # [B, L, 2L]
+
+
+# --------------------------------------------------------------------------------------------------
+# Network
+
+
+def embed(params: Params, cfg: E2D2Config, ids: jax.Array) -> jax.Array:
+    """Token embeddings [B, L, D] of ids [B, L] int32, in the activation dtype."""
+    return params["embed"]["embedding"][ids].astype(cfg.activation_dtype)
+
+
+def _rope(cfg: E2D2Config, positions: jax.Array) -> layers.Rope:
+    return layers.rope_angles(positions, cfg.head_dim, cfg.rope_theta)
+
+
+def encode(
+    params: Params,
+    cfg: E2D2Config,
+    ids: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    context_kv: KeyValue | None = None,
+) -> tuple[jax.Array, KeyValue]:
+    """Run the encoder.
+
+    Args:
+      ids: [B, L] int32 clean tokens.
+      mask: bool [B, L, S + L].
+      positions: [B, L] int32.
+      context_kv: cached keys and values of every layer [N_enc, B, S, H_kv, K], or None.
+
+    Returns:
+      the state after the final norm [B, L, D], and each layer's keys and values
+      [N_enc, B, L, H_kv, K].
+    """
+    x, key_value = layers.run_stack(
+        params["encoder"]["layers"],
+        embed(params, cfg, ids),
+        rope=_rope(cfg, positions),
+        mask=mask,
+        context_kv=context_kv,
+        eps=cfg.rms_eps,
+        attn_impl=cfg.attn_impl,
+        remat=cfg.remat,
+    )
+    return layers.rms_norm(x, params["encoder"]["norm_final"]["scale"], cfg.rms_eps), key_value
+
+
+def decoder_stack(params: Params, cfg: E2D2Config) -> Params:
+    """{layers, norm_final} of the decoder: its own, or the top of the encoder when tied."""
+    if not cfg.tie_encoder_decoder:
+        return params["decoder"]
+    top = jax.tree.map(lambda x: x[-cfg.num_decoder_layers :], params["encoder"]["layers"])
+    return {"layers": top, "norm_final": params["encoder"]["norm_final"]}
+
+
+def decoder_context(
+    params: Params, cfg: E2D2Config, hidden: jax.Array, encoder_kv: KeyValue, positions: jax.Array
+) -> KeyValue:
+    """Keys and values that the decoder layers put in front of their own.
+
+    Args:
+      hidden: [B, S, D] encoder state after its final norm.
+      encoder_kv: the encoder's keys and values [N_enc, B, S, H_kv, K].
+      positions: [B, S] int32 positions of the context.
+
+    Returns:
+      keys and values, each [N_dec, B, S, H_kv, K].
+    """
+    if cfg.share_kv:
+        chosen = jnp.asarray(cfg.kv_layers)
+        return encoder_kv[0][chosen], encoder_kv[1][chosen]
+    rope = _rope(cfg, positions)
+
+    def project(layer: Params) -> KeyValue:
+        u = layers.rms_norm(hidden, layer["norm_attn"]["scale"], cfg.rms_eps)
+        return layers.project_key_value(layer["attn"], u, rope, cfg.rms_eps)
+
+    return jax.lax.map(project, decoder_stack(params, cfg)["layers"])
+
+
+def decode(
+    params: Params,
+    cfg: E2D2Config,
+    ids: jax.Array,
+    mask: jax.Array | None,
+    positions: jax.Array,
+    context_kv: KeyValue,
+) -> jax.Array:
+    """Run the decoder on noisy tokens: its state after the final norm, [B, L, D].
+
+    Args:
+      ids: [B, L] int32 noisy tokens.
+      mask: bool [B, L, S + L], or None when everything may be attended.
+      positions: [B, L] int32.
+      context_kv: from `decoder_context`.
+    """
+    stack = decoder_stack(params, cfg)
+    x, _ = layers.run_stack(
+        stack["layers"],
+        embed(params, cfg, ids),
+        rope=_rope(cfg, positions),
+        mask=mask,
+        context_kv=context_kv,
+        eps=cfg.rms_eps,
+        attn_impl=cfg.attn_impl,
+        remat=cfg.remat,
+    )
+    return layers.rms_norm(x, stack["norm_final"]["scale"], cfg.rms_eps)
+
+
+def head(params: Params, cfg: E2D2Config, hidden: jax.Array) -> jax.Array:
+    """Raw float32 logits [..., V] of decoder states [..., D]."""
+    if cfg.tie_head:
+        kernel = params["embed"]["embedding"].T
+    else:
+        kernel = params["head"]["kernel"]
+    return layers.dense(hidden, kernel).astype(jnp.float32)
+
+
+def subs_log_probs(logits: jax.Array, noisy_ids: jax.Array, mask_id: int) -> jax.Array:
+    """SUBS parameterisation (Sahoo et al., 2024): never predict the mask, carry decoded tokens over.
+
+    Args:
+      logits: [B, L, V] raw.
+      noisy_ids: [B, L] int32.
+
+    Returns:
+      log-probabilities [B, L, V] float32, NEG_INF in place of minus infinity.
+    """
+    vocab = jnp.arange(logits.shape[-1])
+    log_probs = jax.nn.log_softmax(jnp.where(vocab == mask_id, NEG_INF, logits), axis=-1)
+    log_probs = jnp.where(vocab == mask_id, NEG_INF, log_probs)
+    carried = jnp.where(vocab == noisy_ids[..., None], 0.0, NEG_INF)
+    return jnp.where((noisy_ids == mask_id)[..., None], log_probs, carried)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring
+
+
+def _ordinal_positions(batch: int, length: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+
+def blockwise_hidden(
+    params: Params,
+    cfg: E2D2Config,
+    clean_ids: jax.Array,
+    noisy_ids: jax.Array,
+    attention_mask: jax.Array,
+    context_mask: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Training-geometry pass: (decoder hidden, encoder hidden), each [B, L, D].
+
+    Args:
+      clean_ids, noisy_ids: [B, L] int32 inputs of the encoder and of the decoder.
+      attention_mask, context_mask: bool [B, L].
+    """
+    positions = _ordinal_positions(*clean_ids.shape)
+    mask_enc = encoder_mask(attention_mask, context_mask, cfg.block_size, cfg.encoder_causal)
+    encoder_hidden, encoder_kv = encode(params, cfg, clean_ids, mask_enc, positions)
+    context = decoder_context(params, cfg, encoder_hidden, encoder_kv, positions)
+    mask_dec = decoder_mask(attention_mask, cfg.block_size)
+    return decode(params, cfg, noisy_ids, mask_dec, positions, context), encoder_hidden
+
+
+def prompt_context(
+    params: Params, cfg: E2D2Config, prompt_ids: jax.Array, prompt_mask: jax.Array
+) -> KeyValue:
+    """Decoder context of the prompt alone, [N_dec, B, P, H_kv, K]: fixed over an episode.
+
+    Args:
+      prompt_ids: [B, P] int32, right-padded.
+      prompt_mask: bool [B, P], True = prompt token.
+    """
+    positions = _ordinal_positions(*prompt_ids.shape)
+    mask = prompt_mask[:, None, :] & prompt_mask[:, :, None]
+    hidden, encoder_kv = encode(params, cfg, prompt_ids, mask, positions)
+    return decoder_context(params, cfg, hidden, encoder_kv, positions)
+
+
+def canvas_hidden(
+    params: Params,
+    cfg: E2D2Config,
+    context_kv: KeyValue,
+    prompt_mask: jax.Array,
+    canvas_ids: jax.Array,
+    canvas_positions: jax.Array,
+) -> jax.Array:
+    """Decoder states [B, G, D] of a canvas read bidirectionally behind its prompt.
+
+    Args:
+      context_kv: from `prompt_context`.
+      prompt_mask: bool [B, P].
+      canvas_ids: [B, G] int32.
+      canvas_positions: [B, G] int32, p_b + 0..G-1.
+    """
+    batch, length = canvas_ids.shape
+    keys = jnp.concatenate([prompt_mask, jnp.ones((batch, length), bool)], axis=1)
+    mask = keys[:, None, :]  # every query of a row sees the same keys: broadcast over queries
+    return decode(params, cfg, canvas_ids, mask, canvas_positions, context_kv)
+
+
+def take_positions(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows index [B, K] of x [B, L, ...] -> [B, K, ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def active_block_mask(
+    tokens: jax.Array, context_mask: jax.Array, attention_mask: jax.Array, cfg: E2D2Config
+) -> jax.Array:
+    """Positions [B, L] of each row's left-most block that still holds a mask (left_to_right)."""
+    block = jnp.arange(tokens.shape[1]) // cfg.block_size
+    open_ = (tokens == cfg.mask_id) & attention_mask & ~context_mask
+    first = jnp.min(jnp.where(open_, block, tokens.shape[1]), axis=1)
+    return (block[None] == first[:, None]) & attention_mask & ~context_mask
+
+
+def score(
+    params: Params,
+    cfg: E2D2Config,
+    tokens: jax.Array,
+    *,
+    attention_mask: jax.Array,
+    context_mask: jax.Array,
+    t: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    score_mode: str | None = None,
+    clean_ids: jax.Array | None = None,
+) -> BackboneOutput:
+    """Score a partially masked sequence deterministically (no re-noising, no loss).
+
+    Args:
+      tokens: [B, L] int32, prompt, then canvas, then padding.
+      attention_mask, context_mask: bool [B, L].
+      t: ignored; the network has no time input.
+      positions: [B, K] int32, gathered before the head; None = all L. In "single_block" mode these
+        are the canvas positions, and must be given.
+      score_mode: one of SCORE_MODES; default cfg.score_mode.
+      clean_ids: [B, L] input of the encoder in blockwise modes; default: `tokens`.
+
+    Returns:
+      BackboneOutput with K (or L) positions. aux["editable"] (left_to_right) is bool [B, K|L].
+
+    Raises:
+      ValueError: unknown score_mode, or single_block without positions.
+    """
+    mode = score_mode or cfg.score_mode
+    if mode not in SCORE_MODES:
+        raise ValueError(f"score_mode {mode!r} is none of {', '.join(SCORE_MODES)}")
+    attention_mask, context_mask = attention_mask.astype(bool), context_mask.astype(bool)
+    aux: dict[str, jax.Array] = {}
+    if mode == "single_block":
+        if positions is None:
+            raise ValueError("score_mode single_block needs the canvas positions")
+        width = tokens.shape[1] - positions.shape[1]  # P: no prompt reaches beyond this column
+        prompt_mask = (context_mask & attention_mask)[:, :width]
+        context = prompt_context(params, cfg, tokens[:, :width], prompt_mask)
+        ids = take_positions(tokens, positions)
+        hidden = canvas_hidden(params, cfg, context, prompt_mask, ids, positions)
+    else:
+        source = tokens if clean_ids is None else clean_ids
+        hidden, _ = blockwise_hidden(params, cfg, source, tokens, attention_mask, context_mask)
+        ids = tokens
+        if mode == "left_to_right":
+            editable = active_block_mask(tokens, context_mask, attention_mask, cfg)
+            aux["editable"] = editable if positions is None else take_positions(editable, positions)
+        if positions is not None:
+            hidden, ids = take_positions(hidden, positions), take_positions(ids, positions)
+    logits = head(params, cfg, hidden)
+    return BackboneOutput(logits, subs_log_probs(logits, ids, cfg.mask_id), hidden, aux)
