@@ -107,7 +107,7 @@ def parse(argv: Sequence[str], flag_values: absl_flags.FlagValues = FLAGS) -> li
     except (absl_flags.Error, OSError) as error:
         raise UserError(str(error)) from None
     spec, arguments = _take_config(arguments)
-    spec = spec if spec is not None else flag_values["default_config"].default
+    spec = spec or str(flag_values["default_config"].default)
     config = load_config(spec)
     if any(re.fullmatch(r"--?(h|help|helpshort|helpfull)", word) for word in arguments[1:]):
         print(_help_text(config, spec, flag_values))
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str], flag_values: absl_flags.FlagValues = FLAGS) -> li
         raise UserError(_readable(str(error))) from None
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
-    flag = flag_values["config"]
+    flag: Any = flag_values["config"]
     flag._config_filename = spec  # so that config_flags.get_config_filename works as usual
     _check_tuples(config_flags.get_override_values(flag), defaults)
     return rest

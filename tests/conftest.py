@@ -1,7 +1,11 @@
 """Test-wide settings; JAX reads them when it is first imported, hence at the top of the run."""
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -15,3 +19,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
+
+
+def _missing(mark: str) -> str:
+    """Returns why tests with this mark cannot run here, or nothing."""
+    if mark in ("torch", "vllm"):
+        return "" if importlib.util.find_spec(mark) else f"{mark} is not installed"
+    if mark == "slurm":
+        return "" if shutil.which("sbatch") else "no SLURM client"
+    import jax
+
+    try:
+        jax.devices("gpu")
+    except RuntimeError:
+        return "JAX sees no GPU (JAX_PLATFORMS=cpu,cuda shows one where there is a driver)"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, with the reason."""
+    for mark in ("gpu", "torch", "vllm", "slurm"):
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        reason = _missing(mark) if marked else ""
+        for item in marked:
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,70 @@
+# Everything starts here; needs only Python >= 3.11 and make. Every target does its own set-up.
+#   make demo ARGS='--config=configs/gsm8k.py:tiny'
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+ARGS   ?=
+
+# The CUDA set where there is an NVIDIA driver, else the CPU set; REQUIREMENTS=FILE overrides.
+ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
+REQUIREMENTS ?= requirements.txt
+TEST_PLATFORMS := cpu,cuda
+else
+REQUIREMENTS ?= requirements-cpu.txt
+TEST_PLATFORMS := cpu
+endif
+# A set may leave packages out of its resolution: NAME-overrides.txt beside NAME.txt.
+OVERRIDES := $(wildcard $(REQUIREMENTS:.txt=-overrides.txt))
+STAMP     := $(VENV)/.installed-$(notdir $(REQUIREMENTS))
+INCLUDED  := requirements-test.txt $(filter-out requirements-test.txt,$(shell sed -n 's/^-r //p' $(REQUIREMENTS)))
+
+SOURCES := $(wildcard common reoac_jax configs bench)
+
+.PHONY: setup demo test test-all bench lint check-requirements clean
+
+setup: $(STAMP)
+
+$(STAMP): $(REQUIREMENTS) $(OVERRIDES) $(INCLUDED)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; use make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@# Sets do not mix (CUDA 12 and 13 overwrite each other), so another set starts afresh.
+	@for stamp in $(VENV)/.installed-*; do \
+	  if [ -e "$$stamp" ] && [ "$$stamp" != "$@" ]; then \
+	    echo "setup: replacing the set $${stamp#$(VENV)/.installed-}"; rm -rf $(VENV); fi; done
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@test -x $(VENV)/bin/uv || $(PY) -m pip install --quiet uv >/dev/null 2>&1 || \
+	  echo "setup: uv cannot be had, pip takes its place (slower)"
+	@echo "setup: installing $(REQUIREMENTS) into $(VENV)"
+	@if [ -x $(VENV)/bin/uv ] && $(VENV)/bin/uv pip install --quiet --python $(PY) \
+	    $${PIP_FIND_LINKS:+--find-links "$$PIP_FIND_LINKS"} \
+	    $(addprefix --override ,$(OVERRIDES)) -r $(REQUIREMENTS); then :; \
+	elif [ -n "$(OVERRIDES)" ]; then \
+	  echo "error: $(REQUIREMENTS) needs uv (for $(OVERRIDES)), and uv failed" >&2; exit 2; \
+	else $(PY) -m pip install -r $(REQUIREMENTS); fi
+	@touch $@
+
+demo: setup
+	$(PY) -m reoac_jax.main --config=configs/gsm8k.py $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy $(SOURCES)
+
+test: lint
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+# Tests marked gpu, torch, vllm or slurm skip themselves, with the reason, where they cannot run.
+test-all: lint
+	JAX_PLATFORMS=$(TEST_PLATFORMS) $(PY) -m pytest $(ARGS)
+
+bench: setup
+	$(PY) -m bench.reoac_rollout $(ARGS)
+
+check-requirements: setup
+	bash launch/check_requirements.sh
+
+# Leaves .venv and runs/ alone.
+clean:
+	rm -rf .cache build dist .ruff_cache .pytest_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
