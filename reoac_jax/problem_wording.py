@@ -83,17 +83,17 @@ _COLLECTION = Setting(
         "*": (
             "Then {p} pile {V}.",
             "Soon {s} has {T} as many.",
-            "{S} swaps each one for {n} new ones.",
+            "{S} swaps all {x} for {T} as many.",
             "Now {s} owns {T} as many {x}.",
             "By noon the number {V}.",
-            "{S} trades every one for {n} others.",
+            "Then {p} number of {x} {V}.",
         ),
         "/": (
-            "{S} keeps only {F} of them.",
-            "Then only {F} of them are left.",
-            "{S} makes {n} equal heaps and keeps one.",
+            "{S} keeps only {F} of all {x}.",
+            "Then only {F} of the {x} are left.",
+            "{S} makes {n} equal heaps of all, keeping one.",
             "Now {s} has only {F} as many.",
-            "{S} fills {n} equal boxes and keeps one.",
+            "{S} splits all {x} into {n} equal parts, keeping one.",
             "Then {p} pile shrinks to {F} its size.",
         ),
     },
@@ -127,19 +127,19 @@ _MONEY = Setting(
             "{S} pays ${n} for a book.",
             "A ticket costs {o} {n} dollars.",
             "{S} lends {n} dollars to a friend.",
-            "{S} gives away ${n} of it.",
+            "{S} gives ${n} to a school.",
         ),
         "*": (
             "Then {p} money {V}.",
             "Soon {s} has {T} as much.",
-            "A smart deal makes it {T} as much.",
+            "After a smart deal {s} has {T} as much.",
             "By noon the amount {V}.",
         ),
         "/": (
-            "{S} keeps only {F} of it.",
-            "{S} loses all but {F} of it.",
+            "{S} keeps only {F} of {p} money.",
+            "{S} loses all but {F} of {p} money.",
             "Now {s} has only {F} as much.",
-            "A fee leaves {o} just {F} of it.",
+            "Then {p} money shrinks to {F} of that.",
         ),
     },
     question=(
@@ -178,10 +178,10 @@ _RIDERS = Setting(
             "Then the number of riders {V}.",
         ),
         "/": (
-            "At a stop only {F} stay on.",
-            "Soon just {F} of them remain.",
+            "At a stop only {F} of the riders stay.",
+            "Soon just {F} of the riders remain.",
             "Then it carries only {F} as many.",
-            "After a game only {F} of them remain.",
+            "After a game only {F} of the riders remain.",
         ),
     },
     question=(
@@ -215,15 +215,15 @@ _WATER = Setting(
         ),
         "*": (
             "By noon the amount {V}.",
-            "A storm makes it {T} as much.",
+            "After a storm it holds {T} as much.",
             "Soon it holds {T} as much.",
             "After rain the amount {V}.",
         ),
         "/": (
-            "Then only {F} of it is left.",
-            "A crack leaves only {F} of it.",
+            "Then only {F} of the water is left.",
+            "A crack leaves only {F} of the water.",
             "Soon it holds only {F} as much.",
-            "A leak drains all but {F} of it.",
+            "A leak drains all but {F} of the water.",
         ),
     },
     question=(
@@ -246,7 +246,7 @@ _SCORE = Setting(
         "+": (
             "{S} gains {n} more points.",
             "A lucky card gives {o} {n} points.",
-            "{S} wins {n} points in a round.",
+            "{S} wins {n} more points in a round.",
             "Next {s} adds {n} to the score.",
         ),
         "-": (
@@ -257,14 +257,14 @@ _SCORE = Setting(
         ),
         "*": (
             "Then {p} score {V}.",
-            "A bonus makes it {T} as high.",
+            "A bonus makes the score {T} as high.",
             "Soon {s} has {T} that score.",
-            "A star card makes it {T} as much.",
+            "With a star card {p} score {V}.",
         ),
         "/": (
-            "A penalty leaves only {F} of it.",
+            "A penalty leaves only {F} of the score.",
             "Then {p} score falls to {F} of that.",
-            "A trap leaves {o} just {F} of it.",
+            "A trap cuts the score to {F}.",
             "Now {s} has only {F} as many points.",
         ),
     },
@@ -305,7 +305,7 @@ _PLANT = Setting(
         ),
         "/": (
             "Frost cuts it to {F} its height.",
-            "A storm leaves only {F} of it.",
+            "A storm leaves only {F} of its height.",
             "Now it is only {F} as tall.",
             "A saw cuts it to {F} its height.",
         ),
@@ -346,10 +346,10 @@ _FARM = Setting(
             "Soon {T} as many live there.",
         ),
         "/": (
-            "After a flood only {F} remain.",
-            "The farmer keeps only {F} of them.",
+            "After a flood only {F} of all {x} remain.",
+            "The farmer keeps only {F} of all {x}.",
             "Soon just {F} as many live there.",
-            "A storm leaves only {F} of them.",
+            "A storm leaves only {F} of the {x}.",
         ),
     },
     question=(
@@ -384,14 +384,14 @@ _BAKERS = Setting(
         "*": (
             "By night they have {T} as many.",
             "With help the number {V}.",
-            "They trade each one for {n} others.",
+            "They swap all {x} for {T} as many.",
             "Then their pile {V}.",
         ),
         "/": (
-            "They keep only {F} of them.",
-            "By noon only {F} of them are left.",
-            "They fill {n} equal trays and keep one.",
-            "Rain ruins all but {F} of them.",
+            "They keep only {F} of all {x}.",
+            "By noon only {F} of the {x} are left.",
+            "They split all {x} into {n} equal parts, keeping one.",
+            "Rain ruins all but {F} of the {x}.",
         ),
     },
     question=(
@@ -430,10 +430,10 @@ _SHOP = Setting(
             "In May the stock {V}.",
         ),
         "/": (
-            "A sale leaves only {F} of them.",
+            "A sale leaves only {F} of the {x}.",
             "The stock shrinks to {F} its size.",
             "Soon it holds only {F} as many.",
-            "A flood ruins all but {F} of them.",
+            "A flood ruins all but {F} of the {x}.",
         ),
     },
     question=(
@@ -443,14 +443,4 @@ _SHOP = Setting(
     ),
 )
 
-SETTINGS = (
-    _COLLECTION,
-    _MONEY,
-    _RIDERS,
-    _WATER,
-    _SCORE,
-    _PLANT,
-    _FARM,
-    _BAKERS,
-    _SHOP,
-)
+SETTINGS = (_COLLECTION, _MONEY, _RIDERS, _WATER, _SCORE, _PLANT, _FARM, _BAKERS, _SHOP)
