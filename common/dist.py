@@ -88,7 +88,7 @@ def shard_batch(mesh: Mesh, tree: Tree) -> Tree:
         shape = np.shape(leaf)
         if not shape or shape[0] % count:
             name = jax.tree_util.keystr(path, simple=True, separator="/") or "the batch"
-            size = shape[0] if shape else "no axis"
+            size = f"of {shape[0]}" if shape else "missing: it"
             raise UserError(
                 f"{name}: leading axis {size} cannot be split over {count} devices; choose a "
                 "batch size that is a multiple of it"

@@ -229,7 +229,9 @@ def select(config: config_dict.ConfigDict, sections: Iterable[str]) -> dict[str,
     for section in sections:
         found = {k: v for k, v in flat.items() if k == section or k.startswith(f"{section}.")}
         if not found:
-            raise UserError(f"config has no key {section!r}{nearest(section, flat)}")
+            parts = [key.split(".") for key in flat]
+            known = {".".join(part[:n]) for part in parts for n in range(1, len(part) + 1)}
+            raise UserError(f"config has no key {section!r}{nearest(section, sorted(known))}")
         chosen.update(found)
     # Through JSON, so that a tuple and the list it becomes in a file count as equal.
     return json.loads(json.dumps(chosen, default=str))

@@ -298,7 +298,7 @@ class RunDir:
 
 
 def _new_directory(root: Path, exp_name: str, now: datetime.datetime) -> Path:
-    if not exp_name or Path(exp_name).name != exp_name:
+    if exp_name in ("", ".", "..") or Path(exp_name).name != exp_name:
         raise UserError(f"the experiment name must be one path component, got {exp_name!r}")
     parent = root.expanduser().resolve() / exp_name
     parent.mkdir(parents=True, exist_ok=True)
