@@ -16,7 +16,7 @@ endif
 # A set may leave packages out of its resolution: NAME-overrides.txt beside NAME.txt.
 OVERRIDES := $(wildcard $(REQUIREMENTS:.txt=-overrides.txt))
 STAMP     := $(VENV)/.installed-$(notdir $(REQUIREMENTS))
-INCLUDED  := requirements-test.txt $(filter-out requirements-test.txt,$(shell sed -n 's/^-r //p' $(REQUIREMENTS)))
+INCLUDED  := requirements-test.txt $(filter-out requirements-test.txt,$(shell sed -n 's/^-r //p' $(REQUIREMENTS) 2>/dev/null))
 
 SOURCES := $(wildcard common reoac_jax configs bench)
 
