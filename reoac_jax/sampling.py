@@ -1,0 +1,261 @@
+"""One pass over the vocabulary: entropy, best token, confidence, class mass and a drawn token.
+
+Scores [B, G, V] are by far the largest arrays of a step, so they are read in blocks of rows small
+enough for the cache, and everything that needs the exponentials is taken from the same block.
+Tokens are drawn by a two-level inverse cumulative distribution: one uniform picks a chunk of the
+vocabulary by its mass, a second one the token inside it. That needs 2 random numbers per token
+instead of V.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# exp(-200) is 0 in float32, so a floor here makes 0 * (-inf) a plain 0 * (-200) = 0.
+_FLOOR = -200.0
+_CHUNK = 512
+_BLOCK_ELEMENTS = 2**19
+
+
+class ScoreSummary(NamedTuple):
+    """What the rest of a step needs to know about scores [B, G, V].
+
+    Attributes:
+        best: [B, G] i32, first token of highest score.
+        confidence: [B, G] f32, softmax probability of `best`.
+        entropy: [B, G] f32, entropy of the softmax in units of the given width.
+        log_norm: [B, G] f32, log sum exp.
+        class_mass: [B, G, C] f32, softmax mass per token class (C may be 0).
+        sampled: [B, G] i32, drawn token (`best` when nothing was to be drawn).
+    """
+
+    best: jax.Array
+    confidence: jax.Array
+    entropy: jax.Array
+    log_norm: jax.Array
+    class_mass: jax.Array
+    sampled: jax.Array
+
+
+def row_keys(key: jax.Array, step: jax.Array | int, row_ids: jax.Array) -> jax.Array:
+    """One key per row, the same however rows are spread over devices.
+
+    Args:
+        key: typed random key of the rollout.
+        step: [] i32 denoising step.
+        row_ids: [B] global row numbers.
+
+    Returns:
+        [B] typed keys, fold_in(fold_in(key, step), row).
+    """
+    stepped = jax.random.fold_in(key, step)
+    return jax.vmap(lambda row: jax.random.fold_in(stepped, row))(row_ids)
+
+
+def summarise_scores(
+    scores: jax.Array,
+    *,
+    keys: jax.Array | None = None,
+    temperature: float = 1.0,
+    log_width: float | jax.Array | None = None,
+    suppress_id: int = -1,
+    classes: jax.Array | None = None,
+) -> ScoreSummary:
+    """Summarises scores in one blocked pass.
+
+    Args:
+        scores: [B, G, V] unnormalised log-probabilities; -inf allowed.
+        keys: [B] typed keys to draw tokens with; None = `sampled` is `best`.
+        temperature: tokens are drawn from softmax(scores / max(temperature, 1e-6)); the other
+            results belong to temperature 1.
+        log_width: unit of the entropy; None = log V.
+        suppress_id: token id that counts as impossible; -1 = none.
+        classes: [V, C] bool or f32, token classes whose mass is summed.
+
+    Returns:
+        The summary.
+    """
+    batch, length, width = scores.shape
+    unit = np.log(max(width, 2)) if log_width is None else log_width
+    uniforms = None
+    if keys is not None:
+        uniforms = jax.vmap(lambda k: jax.random.uniform(k, (length, 2)))(keys)
+        uniforms = uniforms.reshape(batch * length, 2)
+    rows = scores.reshape(batch * length, width)
+    result = _blocked(rows, uniforms, max(temperature, 1e-6), suppress_id, classes)
+    best, sampled, peak, total, weighted, mass = result
+    log_total = jnp.log(jnp.maximum(total, 1e-30))
+    entropy = jnp.maximum(log_total - weighted / jnp.maximum(total, 1e-30), 0.0)
+
+    def shaped(x: jax.Array) -> jax.Array:
+        return x.reshape(batch, length, *x.shape[1:])
+
+    return ScoreSummary(
+        best=shaped(best),
+        confidence=shaped(1.0 / jnp.maximum(total, 1e-30)),
+        entropy=shaped(entropy) / unit,
+        log_norm=shaped(peak + log_total),
+        class_mass=shaped(mass / jnp.maximum(total, 1e-30)[:, None]),
+        sampled=shaped(sampled),
+    )
+
+
+def logit_entropy(
+    logits: jax.Array, *, log_width: float | jax.Array | None = None, suppress_id: int = -1
+) -> jax.Array:
+    """Entropy of softmax(logits [B, G, V]) over log V (or log_width), with 0 * (-inf) = 0; [B, G].
+
+    See `summarise_scores` for the arguments.
+    """
+    return summarise_scores(logits, log_width=log_width, suppress_id=suppress_id).entropy
+
+
+def sample_tokens(
+    keys: jax.Array, scores: jax.Array, temperature: float = 1.0, *, suppress_id: int = -1
+) -> jax.Array:
+    """Draws ids [B, G] from softmax(scores [B, G, V] / temperature) with one key per row [B].
+
+    See `summarise_scores` for the arguments.
+    """
+    return summarise_scores(
+        scores, keys=keys, temperature=temperature, suppress_id=suppress_id
+    ).sampled
+
+
+def entropy_and_sample(
+    keys: jax.Array, scores: jax.Array, temperature: float = 1.0, *, suppress_id: int = -1
+) -> tuple[jax.Array, jax.Array]:
+    """Entropies [B, G] over log V and drawn ids [B, G] from the same pass over scores [B, G, V].
+
+    See `summarise_scores` for the arguments.
+    """
+    summary = summarise_scores(scores, keys=keys, temperature=temperature, suppress_id=suppress_id)
+    return summary.entropy, summary.sampled
+
+
+_Block = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _blocked(
+    rows: jax.Array,
+    uniforms: jax.Array | None,
+    temperature: float,
+    suppress_id: int,
+    classes: jax.Array | None,
+) -> _Block:
+    """Runs `_summarise_block` over all rows [R, V], a cache-sized block at a time on CPUs."""
+    count, width = rows.shape
+    size = max(1, _BLOCK_ELEMENTS // width)
+
+    def block(part: jax.Array, draws: jax.Array | None) -> _Block:
+        return _summarise_block(part, draws, temperature, suppress_id, classes)
+
+    # Other devices have no cache to stay in and would pay for every sequential block.
+    if size >= count or jax.default_backend() != "cpu":
+        return block(rows, uniforms)
+    blocks = -(-count // size)
+    # The last block overlaps its predecessor instead of padding a copy of the scores.
+    starts = np.minimum(np.arange(blocks) * size, count - size)
+
+    def body(_: None, start: jax.Array) -> tuple[None, _Block]:
+        part = lax.dynamic_slice_in_dim(rows, start, size, axis=0)
+        draws = None
+        if uniforms is not None:
+            draws = lax.dynamic_slice_in_dim(uniforms, start, size, axis=0)
+        return None, block(part, draws)
+
+    _, stacked = lax.scan(body, None, jnp.asarray(starts, jnp.int32))
+    index = np.arange(count)
+    owner = index // size
+    flat = owner * size + index - starts[owner]
+
+    def unstack(x: jax.Array) -> jax.Array:
+        x = x.reshape(blocks * size, *x.shape[2:])
+        return x if count % size == 0 else x[flat]
+
+    return jax.tree.map(unstack, stacked)
+
+
+def _summarise_block(
+    rows: jax.Array,
+    uniforms: jax.Array | None,
+    temperature: float,
+    suppress_id: int,
+    classes: jax.Array | None,
+) -> _Block:
+    """(best, sampled, peak, sum of weights, sum of score * weight, class sums) of rows [R, V].
+
+    Weights are exp(score - peak).
+    """
+    count, width = rows.shape
+    chunk = min(_CHUNK, width)
+    chunks = width // chunk
+    split = chunks * chunk
+
+    def reduce_chunks(x: jax.Array, kind: str) -> jax.Array:
+        """[R, V] -> [R, chunks (+ 1 for the remainder)]."""
+        parts = [getattr(x[:, :split].reshape(count, chunks, chunk), kind)(axis=2)]
+        if split < width:
+            parts.append(getattr(x[:, split:], kind)(axis=1, keepdims=True))
+        return jnp.concatenate(parts, axis=1)
+
+    rows = rows.astype(jnp.float32)
+    if suppress_id >= 0:
+        rows = rows.at[:, suppress_id].set(-jnp.inf)
+    peaks = reduce_chunks(rows, "max")
+    peak = jnp.max(peaks, axis=1)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    # First chunk that holds the maximum, then the first place inside it: the first arg-max.
+    where_best, places = _gather_chunk(rows, jnp.argmax(peaks, axis=1), chunk)
+    best = jnp.take_along_axis(places, jnp.argmax(where_best, axis=1)[:, None], axis=1)[:, 0]
+
+    shifted = jnp.maximum(rows - peak[:, None], _FLOOR)
+    weight = jnp.exp(shifted)
+    sampled = best
+    if uniforms is None or temperature != 1.0:
+        total = jnp.sum(weight, axis=1)
+    if uniforms is not None:
+        heat = weight if temperature == 1.0 else jnp.exp(_scaled(shifted, temperature))
+        sums = reduce_chunks(heat, "sum")
+        if temperature == 1.0:
+            total = jnp.sum(sums, axis=1)
+        owner = _pick(sums, uniforms[:, 0])
+        inside, places = _gather_chunk(rows, owner, chunk)
+        inside = jnp.maximum(inside - peak[:, None], _FLOOR)
+        inner = _pick(jnp.exp(_scaled(inside, temperature)), uniforms[:, 1])
+        sampled = jnp.take_along_axis(places, inner[:, None], axis=1)[:, 0]
+    weighted = jnp.sum(shifted * weight, axis=1)
+    if classes is None:
+        mass = jnp.zeros((count, 0), jnp.float32)
+    else:
+        mass = jnp.dot(weight, classes.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return best.astype(jnp.int32), sampled.astype(jnp.int32), peak, total, weighted, mass
+
+
+def _scaled(shifted: jax.Array, temperature: float) -> jax.Array:
+    """shifted / temperature, with impossible tokens still impossible at high temperatures."""
+    if temperature == 1.0:
+        return shifted
+    return jnp.where(shifted <= _FLOOR, _FLOOR, jnp.maximum(shifted / temperature, _FLOOR))
+
+
+def _gather_chunk(rows: jax.Array, owner: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """Scores [R, chunk] of each row's chunk owner [R], -inf outside of it, and their ids."""
+    count, width = rows.shape
+    start = jnp.minimum(owner * chunk, width - chunk)
+    places = start[:, None] + jnp.arange(chunk)
+    values = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, chunk))(rows, start)
+    return jnp.where(places >= (owner * chunk)[:, None], values, -jnp.inf), places
+
+
+def _pick(weight: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Index [R] drawn in proportion to weight [R, N] by uniform [R] in [0, 1)."""
+    ends = lax.cumsum(weight, axis=1)
+    index = jnp.sum(ends <= (uniform * ends[:, -1])[:, None], axis=1)
+    index = jnp.minimum(index, weight.shape[1] - 1)
+    # Rounding of the cumulative sums may point at a neighbour of weight 0: never take that.
+    void = jnp.take_along_axis(weight, index[:, None], axis=1)[:, 0] <= 0
+    return jnp.where(void, jnp.argmax(weight, axis=1), index)
