@@ -329,7 +329,8 @@ def _losses(writer: _Writer, curves: Mapping[str, list[float]]) -> None:
         axes.set(xlabel="iteration", ylabel="loss", title="Losses")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        # Beside the axes: curves may end in any corner.
+        figure.legend(loc="outside right upper")
         writer.picture("loss.png", figure)
 
 

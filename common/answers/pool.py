@@ -331,7 +331,7 @@ def _stop(tasks: "queue.SimpleQueue[_Task | None]", slots: list[_Slot]) -> None:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    # The worker leads its own session: what it may have started goes with it. `poll` first: the id
+    # The worker leads its own process group: what it started goes with it. `poll` first: the id
     # of a process that was already reaped can belong to someone else.
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -18,7 +18,7 @@ from reoac_jax import prep
 from reoac_jax.prep import DatasetOptions, load_dataset, load_split, run_prep
 from reoac_jax.records import FieldNames, prepare, record_of, slug, toy_records
 
-GSM8K_ROWS = [
+GSM8K_ROWS: list[dict[str, Any]] = [
     {"question": "One and one?", "answer": "1+1=<<1+1=2>>2\n#### 2"},
     {"question": "  ", "answer": "#### 3"},
     {"question": "Two and two?", "answer": "#### 4", "level": "easy"},

@@ -37,7 +37,11 @@ def run(tmp_path: Path) -> RunDir:
     for index in range(len(OPERATORS)):
         atomic_write_json(run.samples / f"iter0_step{index}.json", _sample(index))
     for iteration in range(8):
-        row = {"iteration": iteration, "critic_loss": 1 / (iteration + 1), "actor_loss": 1.5}
+        row: dict[str, Any] = {
+            "iteration": iteration,
+            "critic_loss": 1 / (iteration + 1),
+            "actor_loss": 1.5,
+        }
         row["backbone_loss"] = None if iteration == 3 else 0.5 + 0.1 * iteration
         row["total_loss"] = 2.0 + 0.05 * iteration
         append_jsonl(run.metrics, {**row, "episodes": 8})
