@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reoac_jax.features import FEATURE_NAMES, base_features, heuristic_scores, p90, relation
+from reoac_jax.features import FEATURE_NAMES, base_features, heuristic_scores, p90
+from reoac_jax.relation import relation
 from reoac_jax.sampling import logit_entropy
 from tests.parity.reoac_vocabulary import load_tables, reoac_files
 
