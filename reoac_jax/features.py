@@ -119,7 +119,8 @@ def base_features(
     logit_entropy = jnp.zeros((batch, width))
     if entropy is not None:
         logit_entropy = jnp.where(keep, entropy, 0.0)
-        related = keep & (key_mass >= 0.5) & (keys > 0)[:, None]
+        # Equal shares often add up to exactly one half; rounding must not decide those.
+        related = keep & (key_mass >= 0.5 - 1e-6) & (keys > 0)[:, None]
         confidence = jnp.sum(jnp.where(related, 1.0 - logit_entropy, 0.0), axis=1) / jnp.maximum(
             jnp.sum(related, axis=1), 1
         )

@@ -16,7 +16,6 @@ from jax import lax
 
 # exp(-200) is 0 in float32, so a floor here makes 0 * (-inf) a plain 0 * (-200) = 0.
 _FLOOR = -200.0
-_CHUNK = 512
 _BLOCK_ELEMENTS = 2**19
 
 
@@ -191,48 +190,68 @@ def _summarise_block(
     Weights are exp(score - peak).
     """
     count, width = rows.shape
-    chunk = min(_CHUNK, width)
+    chunk = _chunk_size(width)
     chunks = width // chunk
     split = chunks * chunk
+    rows = rows.astype(jnp.float32)
 
     def reduce_chunks(x: jax.Array, kind: str) -> jax.Array:
-        """[R, V] -> [R, chunks (+ 1 for the remainder)]."""
+        """[R, V] -> [R, chunks (+ 1 for the remainder)], without the suppressed column."""
         parts = [getattr(x[:, :split].reshape(count, chunks, chunk), kind)(axis=2)]
         if split < width:
             parts.append(getattr(x[:, split:], kind)(axis=1, keepdims=True))
-        return jnp.concatenate(parts, axis=1)
+        reduced = jnp.concatenate(parts, axis=1)
+        if suppress_id < 0:
+            return reduced
+        # Redoing one chunk is far cheaper than writing -inf into a copy of the block.
+        owner = suppress_id // chunk
+        part = x[:, owner * chunk : (owner + 1) * chunk]
+        void = -jnp.inf if kind == "max" else 0.0
+        part = jnp.where(jnp.arange(part.shape[1]) == suppress_id - owner * chunk, void, part)
+        return reduced.at[:, owner].set(getattr(part, kind)(axis=1))
 
-    rows = rows.astype(jnp.float32)
-    if suppress_id >= 0:
-        rows = rows.at[:, suppress_id].set(-jnp.inf)
+    def without_suppressed(total: jax.Array, x: jax.Array) -> jax.Array:
+        return total - x[:, suppress_id] if suppress_id >= 0 else total
+
     peaks = reduce_chunks(rows, "max")
     peak = jnp.max(peaks, axis=1)
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     # First chunk that holds the maximum, then the first place inside it: the first arg-max.
-    where_best, places = _gather_chunk(rows, jnp.argmax(peaks, axis=1), chunk)
-    best = jnp.take_along_axis(places, jnp.argmax(where_best, axis=1)[:, None], axis=1)[:, 0]
+    best_chunk = jnp.argmax(peaks, axis=1)
+    inside, places = _gather_chunk(rows, best_chunk, chunk, suppress_id)
+    best = jnp.take_along_axis(places, jnp.argmax(inside, axis=1)[:, None], axis=1)[:, 0]
 
-    shifted = jnp.maximum(rows - peak[:, None], _FLOOR)
+    # The upper bound only concerns the suppressed column, which `peak` does not cover.
+    shifted = jnp.clip(rows - peak[:, None], _FLOOR, 0.0)
     weight = jnp.exp(shifted)
     sampled = best
-    if uniforms is None or temperature != 1.0:
-        total = jnp.sum(weight, axis=1)
     if uniforms is not None:
         heat = weight if temperature == 1.0 else jnp.exp(_scaled(shifted, temperature))
         sums = reduce_chunks(heat, "sum")
-        if temperature == 1.0:
-            total = jnp.sum(sums, axis=1)
         owner = _pick(sums, uniforms[:, 0])
-        inside, places = _gather_chunk(rows, owner, chunk)
+        inside, places = _gather_chunk(rows, owner, chunk, suppress_id)
         inside = jnp.maximum(inside - peak[:, None], _FLOOR)
         inner = _pick(jnp.exp(_scaled(inside, temperature)), uniforms[:, 1])
         sampled = jnp.take_along_axis(places, inner[:, None], axis=1)[:, 0]
-    weighted = jnp.sum(shifted * weight, axis=1)
+    if uniforms is not None and temperature == 1.0:
+        total = jnp.sum(sums, axis=1)
+    else:
+        total = without_suppressed(jnp.sum(weight, axis=1), weight)
+    product = shifted * weight
+    weighted = without_suppressed(jnp.sum(product, axis=1), product)
     if classes is None:
         mass = jnp.zeros((count, 0), jnp.float32)
     else:
-        mass = jnp.dot(weight, classes.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+        table = classes.astype(jnp.float32)
+        if suppress_id >= 0:
+            table = table.at[suppress_id].set(0.0)
+        mass = jnp.dot(weight, table, precision=lax.Precision.HIGHEST)
     return best.astype(jnp.int32), sampled.astype(jnp.int32), peak, total, weighted, mass
+
+
+def _chunk_size(width: int) -> int:
+    """Power of two near the root of the vocabulary size: both levels are then equally short."""
+    return min(width, 2 ** round(np.log2(max(width, 1)) / 2))
 
 
 def _scaled(shifted: jax.Array, temperature: float) -> jax.Array:
@@ -242,13 +261,15 @@ def _scaled(shifted: jax.Array, temperature: float) -> jax.Array:
     return jnp.where(shifted <= _FLOOR, _FLOOR, jnp.maximum(shifted / temperature, _FLOOR))
 
 
-def _gather_chunk(rows: jax.Array, owner: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Scores [R, chunk] of each row's chunk owner [R], -inf outside of it, and their ids."""
-    count, width = rows.shape
-    start = jnp.minimum(owner * chunk, width - chunk)
+def _gather_chunk(
+    rows: jax.Array, owner: jax.Array, chunk: int, suppress_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """Scores [R, chunk] of each row's chunk owner [R] and their ids; -inf = not to be taken."""
+    start = jnp.minimum(owner * chunk, rows.shape[1] - chunk)
     places = start[:, None] + jnp.arange(chunk)
     values = jax.vmap(lambda row, at: lax.dynamic_slice_in_dim(row, at, chunk))(rows, start)
-    return jnp.where(places >= (owner * chunk)[:, None], values, -jnp.inf), places
+    open_places = (places >= (owner * chunk)[:, None]) & (places != suppress_id)
+    return jnp.where(open_places, values, -jnp.inf), places
 
 
 def _pick(weight: jax.Array, uniform: jax.Array) -> jax.Array:
