@@ -1,0 +1,45 @@
+"""Stopping on request: SIGTERM and the first Ctrl-C become a flag that a loop looks at."""
+
+import signal
+import threading
+from types import FrameType
+
+from common.errors import Interrupted
+
+
+class StopRequest:
+    """Context manager; inside it, `requested` tells whether the process was asked to stop.
+
+    A second Ctrl-C stops at once. Outside the main thread signals cannot be caught, and the flag
+    stays False.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is installed before the context is entered."""
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def check(self, what: str) -> None:
+        """Leave with exit status 3 when a stop was requested; call right after a save.
+
+        Raises:
+          Interrupted: with a line that says how to go on.
+        """
+        if self.requested:
+            raise Interrupted(f"{what} saved; run the same command again to continue")

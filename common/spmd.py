@@ -1,0 +1,111 @@
+"""One function per device: the same per-shard code under `jit` over a mesh or under `pmap`.
+
+A per-shard function sees its rows of every sharded argument, a whole copy of every replicated one,
+and the axis name `DATA_AXIS` for collectives. Both modes run the same code, so they agree.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from common.dist import DATA_AXIS
+from common.errors import UserError
+
+ROWS = "rows"  # split over the devices along the leading axis
+WHOLE = "whole"  # one copy per device
+MODES = ("jit", "pmap")
+
+
+def spmd(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    in_specs: tuple[str, ...],
+    out_specs: tuple[str, ...] | str,
+    *,
+    mode: str = "jit",
+    donate: tuple[int, ...] = (),
+) -> Callable[..., Any]:
+    """Compile a per-shard function for all devices of a mesh.
+
+    Args:
+      fn: takes one positional argument per in_spec; uses `DATA_AXIS` in its collectives.
+      mesh: from `common.dist.make_mesh`.
+      in_specs, out_specs: ROWS or WHOLE for each argument and result (pytrees share one spec).
+        WHOLE results must be equal on all devices (the code has reduced them).
+      mode: "jit" (shard_map under jit) or "pmap".
+      donate: arguments whose buffers may be reused.
+
+    Returns:
+      a function of the global arrays. In pmap mode arguments are split here, so both modes take
+      and return the same global shapes.
+
+    Raises:
+      UserError: unknown mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"config key parallel.mode={mode!r} is none of {', '.join(MODES)}")
+    if mode == "jit":
+        mapped = jax.shard_map(
+            fn,
+            mesh=mesh,
+            in_specs=tuple(_partition(s) for s in in_specs),
+            out_specs=jax.tree.map(_partition, out_specs),
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=donate)
+    count = mesh.shape[DATA_AXIS]
+    # Only replicated results are returned unsplit; donated buffers are a jit-mode optimisation.
+    in_axes = tuple(0 if s == ROWS else None for s in in_specs)
+    results = (out_specs,) if isinstance(out_specs, str) else out_specs
+    parallel = jax.pmap(
+        lambda *args: _as_tuple(fn(*args), out_specs),
+        axis_name=DATA_AXIS,
+        in_axes=in_axes,
+        devices=list(mesh.devices.flat),
+    )
+
+    def call(*args: Any) -> Any:
+        split = [_split(a, count) if s == ROWS else a for a, s in zip(args, in_specs, strict=True)]
+        outs = parallel(*split)
+        joined = tuple(
+            _join(out) if s == ROWS else jax.tree.map(lambda x: x[0], out)
+            for out, s in zip(outs, results, strict=True)
+        )
+        return joined[0] if isinstance(out_specs, str) else joined
+
+    return call
+
+
+def _as_tuple(value: Any, out_specs: tuple[str, ...] | str) -> tuple[Any, ...]:
+    return (value,) if isinstance(out_specs, str) else tuple(value)
+
+
+def _partition(spec: str) -> PartitionSpec:
+    return PartitionSpec(DATA_AXIS) if spec == ROWS else PartitionSpec()
+
+
+def _split(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)
+
+
+def _join(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def all_rows(tree: Any) -> Any:
+    """Inside a per-shard function: every device's rows, in order, on every device."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, DATA_AXIS, tiled=True), tree)
+
+
+def own_slice(x: jax.Array) -> jax.Array:
+    """Inside a per-shard function: this device's share of a whole array's leading axis."""
+    count = jax.lax.axis_size(DATA_AXIS)
+    share = x.shape[0] // count
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(DATA_AXIS) * share, share)
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """Inside a per-shard function: the sum of every device's value."""
+    return jax.lax.psum(tree, DATA_AXIS)

@@ -1,0 +1,294 @@
+"""The whole configuration tree of REOAC with its defaults, and its validation.
+
+A config file starts from `get_default_config()` and edits it, so no key is ever missing and the
+difference between two experiments is short. Sections follow the specification's key table; keys of
+the original that it read but never used are not carried over (an unknown key is an error here).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from common.errors import UserError
+from reoac_jax.types import OPERATORS
+
+ALGORITHMS = ("paper", "plus")
+SELECTION_MODES = ("argmax", "sample", "random", *(f"fixed:{name}" for name in OPERATORS))
+
+
+def get_default_config() -> ConfigDict:
+    """Defaults of every key: the original's code defaults where it had one, else ours."""
+    c = ConfigDict()
+    c.algo = "plus"  # "paper" = the original's rules; "plus" = the better method
+    c.seed = 0
+
+    c.logging = ConfigDict()
+    c.logging.output_dir = "runs"
+    c.logging.exp_name = "reoac"
+    c.logging.checkpoint_interval = 1  # iterations between checkpoints
+    c.logging.sample_interval = 5  # iterations between dumps of samples/*.json
+    c.logging.num_samples = 2  # episodes per dump
+    c.logging.tensorboard = True
+
+    c.dataset = ConfigDict()
+    c.dataset.task = "gsm8k"  # gsm8k | math
+    c.dataset.train_path = "generated"  # a file, or "generated" = the problem generator
+    c.dataset.eval_path = "generated"
+    c.dataset.data_root = ""  # "" = REOAC_DATA_ROOT, else the working directory
+    c.dataset.toy_size = 64
+    c.dataset.math_subjects = (
+        "algebra", "counting_and_probability", "geometry", "intermediate_algebra",
+        "number_theory", "prealgebra", "precalculus",
+    )
+    c.dataset.dump_math_subjects = False
+    c.dataset.math_subject_root = "dataset/raw/math"
+    c.dataset.raw_train_path = ""
+    c.dataset.raw_eval_path = ""
+    c.dataset.prompt_field = "prompt"
+    c.dataset.answer_field = "target_answer"
+    c.dataset.task_field = "task"
+    c.dataset.allow_toy = False
+    c.dataset.download_on_missing = False
+    c.dataset.hf_dataset = "openai/gsm8k"
+    c.dataset.hf_config = "main"
+    c.dataset.shuffle = True  # False = file order, as the original
+    c.dataset.train_size = 20000  # generated problems only
+    c.dataset.eval_size = 512  # generated problems only
+    c.dataset.problem_seed = 0
+    c.dataset.min_ops = 1
+    c.dataset.max_ops = 4
+    c.dataset.max_value = 99
+
+    c.backbone = ConfigDict()
+    c.backbone.name = "e2d2"  # e2d2 | simple
+    c.backbone.model_name_or_path = "embedded"  # "embedded", a directory, or a hub name
+    c.backbone.tokenizer_name_or_path = ""  # "" = the model's own
+    c.backbone.max_length = 64  # P, prompt tokens; longer prompts are truncated
+    c.backbone.score_mode = ""  # "" = the model's; blockwise | single_block | left_to_right
+    c.backbone.sample_strategy = "argmax"  # argmax | sample
+    c.backbone.temperature = 1.0
+    c.backbone.dtype = "float32"  # activations: float32 | bfloat16
+    c.backbone.num_steps = 32  # of the sigma schedule
+    c.backbone.sigma_schedule = "cosine"  # cosine | linear
+    c.backbone.sigma_max = 1.0
+    c.backbone.sigma_min = 0.0
+    c.backbone.renoise = False  # re-mask decoded tokens at random before scoring, as the original
+    c.backbone.hidden_size = 32  # "simple" only
+    c.backbone.vocab_size = 128  # "simple" only
+
+    c.relation = ConfigDict()
+    c.relation.temperature = 1.0
+    c.relation.strings = "raw"  # raw | stripped
+    c.relation.numbers = "token"  # token | span
+    c.relation.canvas = "written"  # written | tentative (masked positions show their prediction)
+
+    c.operators = ConfigDict()
+    for name, tokens in zip(OPERATORS, (16, 16, 32, 32, 64), strict=True):
+        c.operators[name] = ConfigDict()
+        c.operators[name].k = tokens  # max_tokens or scope_len
+        c.operators[name].step_scale = 1.0  # plus: multiplies the pace
+    c.operators.O_BRANCH.branch_depth = 1
+    c.operators.O_FAST.step_scale = 1.5
+
+    c.actor = ConfigDict()
+    c.actor.hidden_size = 128
+    c.actor.dropout = 0.0
+    c.critic = ConfigDict()
+    c.critic.hidden_size = 128
+    c.critic.dropout = 0.0
+
+    c.rollout = ConfigDict()
+    c.rollout.max_steps = 8  # T
+    c.rollout.gen_len = 32  # G
+    c.rollout.batch_size = 16
+    c.rollout.selection_mode = "sample"  # argmax | sample | random | fixed:<operator>
+    c.rollout.use_hidden = True
+    c.rollout.cost_lambda = 0.0
+    c.rollout.branch_steps = ()
+    c.rollout.branch_k = 2
+    c.rollout.gpu_critic = True  # True = tensor feature path, False = host path
+    c.rollout.fast_critic = False
+    c.rollout.fast_operator = False
+    c.rollout.save_relation = True
+    c.rollout.ensure_update = True
+    c.rollout.fallback_operator = "O_SCOPE"
+    c.rollout.group_size = 1  # episodes per prompt (plus)
+    c.rollout.early_exit = True  # plus
+    c.rollout.patience = 0  # plus: unchanged repair rounds asked for before leaving
+    c.rollout.remask_ratio = 0.1  # plus: share re-masked by one repair
+    c.rollout.stop_at_eos = True  # plus: positions behind a written eos need no writing
+
+    c.finetune_mode = "full"  # full | none
+    c.losses = ConfigDict()
+    c.losses.critic_weight = 1.0
+    c.losses.actor_weight = 1.0
+    c.losses.backbone_weight = 1.0
+    c.losses.actor_temperature = 1.0
+    c.losses.advantage_positive = True
+    c.losses.advantage_clip = 0.0  # 0 = off
+    c.losses.entropy_weight = 0.01
+    c.losses.backbone_pg_weight = 1.0
+    c.losses.backbone_sft_weight = 0.5
+    c.losses.gamma = 1.0
+    c.losses.gae_lambda = 0.95
+    c.losses.clip = 0.2
+
+    c.optim = ConfigDict()
+    c.optim.actor_lr = 1e-4
+    c.optim.critic_lr = 1e-4
+    c.optim.backbone_lr = 1e-5
+    c.optim.weight_decay = 0.01
+    c.optim.grad_clip = 0.0  # global norm; 0 = off
+    c.optim.warmup = 0  # optimizer steps
+
+    # The original's section `update`: that name is a method of ConfigDict. The command line accepts
+    # --config.update.* as well.
+    c.updates = ConfigDict()
+    c.updates.critic_steps = 1  # paper
+    c.updates.actor_steps = 1  # paper
+    c.updates.backbone_steps = 1  # paper
+    c.updates.epochs = 4  # plus
+    c.updates.minibatch = 512  # plus: episode steps per minibatch
+    c.updates.backbone_batch = 64  # rows per micro-batch of the backbone loss
+    c.updates.backbone_rows = 256  # episode steps drawn for one backbone update; 0 = all
+    c.updates.target_decay = 0.99  # plus: slow copy of the critic
+
+    c.buffer_size = 1000
+    c.num_iterations = 1
+    c.episodes_per_iter = 2
+
+    c.eval = ConfigDict()
+    c.eval.interval = 0  # iterations between evaluations; 0 = only at the end
+    c.eval.batch_size = 128
+    c.eval.limit = 0  # 0 = all
+    c.eval.verifier = "robust"  # robust | paper
+    c.reward = ConfigDict()
+    c.reward.mode = "strict"  # strict | shaped
+    c.reward.verifier = "robust"
+    c.reward.workers = 1  # grading processes
+    c.reward.time_limit = 2.0  # seconds per answer
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.keep = 3
+    c.checkpoint.resume = True
+
+    c.parallel = ConfigDict()
+    c.parallel.num_devices = 0  # 0 = all
+    c.parallel.mode = "jit"  # jit | pmap
+
+    c.model = ConfigDict()  # network built by --mode=pretrain
+    c.model.hidden_size = 128
+    c.model.intermediate_size = 384
+    c.model.num_encoder_layers = 2
+    c.model.num_decoder_layers = 3
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 4
+    c.model.head_dim = 32
+    c.model.rope_theta = 100.0  # short sequences need no low frequencies
+    c.model.vocab_size = 768  # of the tokenizer trained on the corpus
+    c.model.share_kv = False
+
+    c.pretrain = ConfigDict()
+    c.pretrain.stage_steps = (1500, 1000, 3000)  # updates per stage of the curriculum
+    c.pretrain.stage_max_ops = (1, 2, 4)  # longest problems of each stage
+    c.pretrain.batch_size = 64
+    c.pretrain.corpus_size = 60000  # generated problems per stage
+    c.pretrain.lr = 2e-3
+    c.pretrain.warmup = 200
+    c.pretrain.weight_decay = 0.01
+    c.pretrain.grad_clip = 1.0
+    c.pretrain.ema_decay = 0.998
+    c.pretrain.steps_per_dispatch = 50
+    c.pretrain.eval_interval = 1000
+    c.pretrain.checkpoint_interval = 500
+    c.pretrain.eval_steps = (1, 2, 4, 8, 20)  # passes of the plain sampler at each evaluation
+    c.pretrain.eval_thresholds = (0.5, 0.7, 0.9)  # of the final table
+    c.pretrain.output = placeholder(str)  # directory of the exported model; default: the run's
+    return c
+
+
+def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
+    if value not in allowed:
+        raise UserError(f"config key {key}={value!r} is none of {', '.join(allowed)}")
+
+
+def finalize(config: ConfigDict) -> list[str]:
+    """Validate a parsed config.
+
+    Returns:
+      warnings for the log, one line each.
+
+    Raises:
+      UserError: a value is out of range; the line names the key.
+    """
+    c = config
+    _one_of(c.algo, ALGORITHMS, "algo")
+    _one_of(c.rollout.selection_mode, SELECTION_MODES, "rollout.selection_mode")
+    _one_of(c.rollout.fallback_operator, OPERATORS, "rollout.fallback_operator")
+    _one_of(c.finetune_mode, ("full", "none"), "finetune_mode")
+    _one_of(c.backbone.name, ("e2d2", "simple"), "backbone.name")
+    _one_of(c.backbone.sample_strategy, ("argmax", "sample"), "backbone.sample_strategy")
+    _one_of(c.backbone.score_mode, ("", "blockwise", "single_block", "left_to_right"),
+            "backbone.score_mode")
+    _one_of(c.backbone.dtype, ("float32", "bfloat16"), "backbone.dtype")
+    _one_of(c.relation.strings, ("raw", "stripped"), "relation.strings")
+    _one_of(c.relation.numbers, ("token", "span"), "relation.numbers")
+    _one_of(c.relation.canvas, ("written", "tentative"), "relation.canvas")
+    _one_of(c.reward.mode, ("strict", "shaped"), "reward.mode")
+    _one_of(c.reward.verifier, ("robust", "paper"), "reward.verifier")
+    _one_of(c.eval.verifier, ("robust", "paper"), "eval.verifier")
+    _one_of(c.parallel.mode, ("jit", "pmap"), "parallel.mode")
+    _one_of(c.dataset.task, ("gsm8k",), "dataset.task")
+    for key in (
+        "rollout.max_steps", "rollout.gen_len", "rollout.batch_size", "rollout.group_size",
+        "backbone.max_length", "buffer_size", "num_iterations", "episodes_per_iter",
+        "eval.batch_size", "updates.epochs", "updates.minibatch", "updates.backbone_batch",
+        "logging.checkpoint_interval", "actor.hidden_size", "critic.hidden_size",
+        "checkpoint.keep", "reward.workers", *(f"operators.{name}.k" for name in OPERATORS),
+    ):
+        if _at(c, key) < 1:
+            raise UserError(f"config key {key}={_at(c, key)} must be at least 1")
+    for key in (
+        "rollout.cost_lambda", "optim.actor_lr", "optim.critic_lr", "optim.backbone_lr",
+        "optim.weight_decay", "optim.grad_clip", "eval.limit", "eval.interval",
+        "rollout.patience", "losses.entropy_weight", "updates.backbone_rows",
+        "losses.backbone_pg_weight", "losses.backbone_sft_weight",
+        "losses.critic_weight", "losses.actor_weight", "losses.backbone_weight",
+    ):
+        if _at(c, key) < 0:
+            raise UserError(f"config key {key}={_at(c, key)} must not be negative")
+    for key in ("relation.temperature", "backbone.temperature", "losses.actor_temperature",
+                "reward.time_limit"):
+        if not _at(c, key) > 0:
+            raise UserError(f"config key {key}={_at(c, key)} must be positive")
+    for key in ("actor.dropout", "critic.dropout", "rollout.remask_ratio", "losses.gamma",
+                "losses.gae_lambda", "updates.target_decay"):
+        if not 0.0 <= _at(c, key) <= 1.0:
+            raise UserError(f"config key {key}={_at(c, key)} must lie between 0 and 1")
+    if c.algo == "plus" and c.episodes_per_iter % c.rollout.group_size:
+        raise UserError(
+            f"config key episodes_per_iter={c.episodes_per_iter} must be a multiple of "
+            f"rollout.group_size={c.rollout.group_size}"
+        )
+    if c.algo == "plus" and c.rollout.batch_size % c.rollout.group_size:
+        raise UserError(
+            f"config key rollout.batch_size={c.rollout.batch_size} must be a multiple of "
+            f"rollout.group_size={c.rollout.group_size}"
+        )
+    if c.algo == "plus" and c.backbone.renoise:
+        raise UserError("config key backbone.renoise=True is the original's rule: set algo=paper")
+    warnings = []
+    worst = c.rollout.cost_lambda * c.rollout.max_steps  # cheapest operator costs 1 per step
+    if c.algo == "paper" and worst >= 1.0:
+        warnings.append(
+            f"rollout.cost_lambda * rollout.max_steps * cheapest cost = {worst:.2f} >= 1, the "
+            "largest reward: every return is negative, and with losses.advantage_positive the "
+            "backbone loss is 0"
+        )
+    return warnings
+
+
+def _at(config: ConfigDict, dotted: str) -> float:
+    value = config
+    for name in dotted.split("."):
+        value = value[name]
+    return value

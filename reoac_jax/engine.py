@@ -1,0 +1,77 @@
+"""The compiled calls of a run: rollout and update for the chosen algorithm, mesh and mode."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from common.spmd import ROWS, WHOLE, spmd
+from reoac_jax.backbone.base import Backbone
+from reoac_jax.episodes import Episodes
+from reoac_jax.learner import LearnerSettings, make_update_plus
+from reoac_jax.learner_paper import make_update_paper
+from reoac_jax.rollout import RolloutSettings, rollout_plus
+from reoac_jax.rollout_paper import rollout_paper
+from reoac_jax.tables import Tables
+
+
+def compile_rollout(
+    backbone: Backbone,
+    settings: RolloutSettings,
+    tables: Tables,
+    algo: str,
+    mesh: Mesh,
+    mode: str = "jit",
+) -> Callable[..., Episodes]:
+    """rollout(params, agent, canvas, key) -> Episodes, rows split over the devices.
+
+    Each device leaves its loop when its own rows are done.
+    """
+    run = rollout_plus if algo == "plus" else rollout_paper
+    compiled = spmd(
+        functools.partial(run, backbone, settings),
+        mesh,
+        (WHOLE, WHOLE, WHOLE, ROWS, WHOLE),
+        ROWS,
+        mode=mode,
+    )
+    # The tables are an argument, not a constant: constants are copied into every compiled program.
+    tables = jax.tree.map(jax.numpy.asarray, tables)
+
+    def rollout(params: Any, agent: Any, canvas: Any, key: jax.Array) -> Episodes:
+        return compiled(tables, params, agent, canvas, key)
+
+    return rollout
+
+
+def compile_update(
+    backbone: Backbone,
+    settings: LearnerSettings,
+    rollout_settings: RolloutSettings,
+    mesh: Mesh,
+    mode: str = "jit",
+) -> Callable[..., Any]:
+    """update(state, rows..., key) -> (state, metrics); see the two learners for the rows.
+
+    plus: (state, episodes, reward, target, key). paper: (state, steps, canvas, returns, target,
+    target_len, count).
+    """
+    if settings.algo == "plus":
+        return spmd(
+            make_update_plus(backbone, settings),
+            mesh,
+            (WHOLE, ROWS, ROWS, ROWS, WHOLE),
+            (WHOLE, WHOLE),
+            mode=mode,
+            donate=(0,),
+        )
+    return spmd(
+        make_update_paper(backbone, settings, rollout_settings),
+        mesh,
+        (WHOLE, WHOLE, WHOLE),
+        (WHOLE, WHOLE),
+        mode=mode,
+        donate=(0,),
+    )

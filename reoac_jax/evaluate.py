@@ -1,0 +1,183 @@
+"""Evaluation: the greedy policy on held-out prompts, with intervals and a table to read."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from common import dist
+from common.lm.layers import Params
+from common.rundir import atomic_write_json
+from reoac_jax.episodes import Episodes
+from reoac_jax.prompts import PromptSet, make_canvas
+from reoac_jax.rewards import Grader
+from reoac_jax.rollout import Agent
+from reoac_jax.types import OPERATORS
+
+RolloutFn = Callable[[Params, Agent, Any, jax.Array], Episodes]
+Z95 = 1.959964
+
+
+class Evaluation(NamedTuple):
+    """Per-problem results of a policy; all arrays [N].
+
+    Attributes:
+      rewards, costs, steps: reward in [0, 1], total operator price, decisions taken.
+      usage: [5] int, how often each operator ran.
+      texts: decoded answers.
+      num_failed: answers whose grading hit the time limit or crashed (they count as wrong).
+    """
+
+    rewards: np.ndarray
+    costs: np.ndarray
+    steps: np.ndarray
+    usage: np.ndarray
+    texts: list[str]
+    num_failed: int
+
+    def returns(self, cost_lambda: float, max_steps: int, max_cost: float) -> np.ndarray:
+        """Reward minus lambda * cost / (T * max_cost), [N]."""
+        return self.rewards - cost_lambda * self.costs / (max_steps * max_cost)
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson score)."""
+    if n == 0:
+        return 0.0, 1.0
+    share, z2 = successes / n, Z95 * Z95
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high): normal 95 % interval of a mean."""
+    x = np.asarray(values, np.float64)
+    half = Z95 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
+
+
+def run_policy(
+    rollout: RolloutFn,
+    params: Params,
+    agent: Agent,
+    prompts: PromptSet,
+    grader: Grader,
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    mask_id: int,
+    pad_id: int,
+    batch_size: int,
+    limit: int = 0,
+    progress: str = "",
+) -> Evaluation:
+    """Roll out every prompt once, in padded batches of one size (so nothing retraces).
+
+    Args:
+      rollout: compiled rollout.
+      key: the same key gives the same results; row ids are prompt numbers.
+      limit: 0 = all.
+      progress: text of the progress bar; "" = no bar.
+    """
+    total = min(limit, len(prompts)) if limit else len(prompts)
+    devices = mesh.shape[dist.DATA_AXIS]
+    size = -(-min(batch_size, total) // devices) * devices
+    pending, costs, steps = [], [], []
+    usage = np.zeros(len(OPERATORS), np.int64)
+    queued: tuple[int, int, Episodes] | None = None
+
+    def collect(start: int, keep: int, episodes: Episodes) -> None:
+        nonlocal usage
+        ids, cost, count, operator, active = jax.device_get(
+            (episodes.final_ids, episodes.cost, episodes.num_steps, episodes.steps.operator,
+             episodes.steps.active)
+        )
+        pending.append(grader.submit(ids[:keep], prompts.golds[start : start + keep]))
+        costs.append(cost[:keep])
+        steps.append(count[:keep])
+        usage += np.bincount(operator[:keep][active[:keep]], minlength=len(OPERATORS))
+
+    bar = tqdm(total=total, desc=progress, unit="problem", disable=not (progress and dist.is_main()))
+    with bar:
+        for start in range(0, total, size):
+            index = np.minimum(np.arange(start, start + size), total - 1)
+            canvas = make_canvas(prompts, index, index, mask_id, pad_id)
+            episodes = rollout(params, agent, dist.shard_batch(mesh, canvas), key)
+            if queued is not None:  # decode and grade while the next batch rolls out
+                collect(*queued)
+            queued = (start, min(size, total - start), episodes)
+            bar.update(queued[1])
+        if queued is not None:
+            collect(*queued)
+    graded = [p.result() for p in pending]
+    return Evaluation(
+        rewards=np.concatenate([g.rewards for g in graded]),
+        costs=np.concatenate(costs),
+        steps=np.concatenate(steps),
+        usage=usage,
+        texts=[text for g in graded for text in g.texts],
+        num_failed=sum(g.num_failed for g in graded),
+    )
+
+
+def summary(
+    result: Evaluation, *, cost_lambda: float, max_steps: int, max_cost: float
+) -> dict[str, Any]:
+    """Numbers of an evaluation, JSON-ready; intervals are 95 %."""
+    n = len(result.rewards)
+    correct = int((result.rewards > 0).sum())
+    mean, low, high = mean_interval(result.returns(cost_lambda, max_steps, max_cost))
+    total = max(int(result.usage.sum()), 1)
+    return {
+        "accuracy": correct / n,
+        "accuracy_interval": list(wilson_interval(correct, n)),
+        "avg_reward": float(result.rewards.mean()),
+        "avg_cost": float(result.costs.mean()),
+        "avg_steps": float(result.steps.mean()),
+        "avg_return": mean,
+        "avg_return_interval": [low, high],
+        "operators": {name: int(c) / total for name, c in zip(OPERATORS, result.usage, strict=True)},
+        "n": n,
+        "grading_failures": result.num_failed,
+    }
+
+
+def write_report(
+    path: Path, numbers: dict[str, Any], result: Evaluation, prompts: PromptSet, num_samples: int
+) -> None:
+    """eval_<task>.json: the summary plus the first samples, written atomically."""
+    shown = min(num_samples, len(result.texts))
+    samples = [
+        {
+            "prompt": prompts.texts[i],
+            "gold": prompts.golds[i],
+            "final_text": result.texts[i],
+            "reward": float(result.rewards[i]),
+            "cost": float(result.costs[i]),
+            "steps": int(result.steps[i]),
+        }
+        for i in range(shown)
+    ]
+    atomic_write_json(path, numbers | {"samples": samples})
+
+
+def format_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """A table of summaries, one named row each."""
+    width = max(len(name) for name, _ in rows)
+    head = f"{'':{width}}   accuracy  (95 % interval)   steps    cost   return  (95 % interval)"
+    lines = [head, "-" * len(head)]
+    for name, s in rows:
+        low, high = s["accuracy_interval"]
+        rlow, rhigh = s["avg_return_interval"]
+        lines.append(
+            f"{name:{width}}   {s['accuracy']:7.1%}  ({low:6.1%} to {high:6.1%}) "
+            f"{s['avg_steps']:7.2f} {s['avg_cost']:7.2f}  {s['avg_return']:7.3f}  "
+            f"({rlow:.3f} to {rhigh:.3f})"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""The update of algo="paper": full-buffer gradient steps on critic, actor and backbone."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.dist import DATA_AXIS
+from common.lm.layers import Params
+from common.spmd import own_slice, sum_over_devices
+from reoac_jax import losses
+from reoac_jax.backbone.base import Backbone, Canvas
+from reoac_jax.learner import LearnerSettings, LearnerState, Metrics
+from reoac_jax.networks import heads_apply
+from reoac_jax.rollout import RolloutSettings
+from reoac_jax.rollout_paper import noise_level
+
+
+@flax.struct.dataclass
+class PaperEpisode:
+    """What the buffer keeps of an episode; without the batch axis, [capacity, ...] when stacked.
+
+    Attributes:
+      features: [T, F] float32; operator: [T] int32, executed; gen_before: [T, G] int32;
+      written: bool [T, G]; canvas: prompt and masks; returns: [] float32, R - lambda * cost;
+      target: [P] int32 and target_len: [] int32, tokens of "prompt answer".
+    """
+
+    features: jax.Array
+    operator: jax.Array
+    gen_before: jax.Array
+    written: jax.Array
+    canvas: Canvas
+    returns: jax.Array
+    target: jax.Array
+    target_len: jax.Array
+
+
+def make_update_paper(
+    backbone: Backbone, settings: LearnerSettings, rollout: RolloutSettings
+) -> Callable[[LearnerState, PaperEpisode, jax.Array], tuple[LearnerState, Metrics]]:
+    """Per-shard update(state, buffer [capacity, ...], count []) -> (state, metrics).
+
+    Rows at and beyond count are empty. critic_steps, actor_steps and backbone_steps full-buffer
+    AdamW steps; critic and actor losses are then measured again, the backbone loss is that of its
+    last gradient pass (measuring it again would cost another pass over every stored step).
+    """
+    actor_tx, critic_tx = settings.optimizer("actor"), settings.optimizer("critic")
+    backbone_tx = settings.optimizer("backbone")
+
+    def update(
+        state: LearnerState, buffer: PaperEpisode, count: jax.Array
+    ) -> tuple[LearnerState, Metrics]:
+        capacity, horizon = buffer.operator.shape
+        live = jnp.repeat(jnp.arange(capacity) < count, horizon)  # [N]
+        features = buffer.features.reshape(capacity * horizon, -1)
+        operator = buffer.operator.reshape(-1)
+        returns = jnp.repeat(buffer.returns, horizon)
+
+        def critic_loss(p: Params) -> losses.Loss:
+            return losses.critic_loss(p, features, operator, returns, live)
+
+        def critic_step(carry: Any, _: None) -> tuple[Any, None]:
+            params, opt = carry
+            grads, _ = jax.grad(critic_loss, has_aux=True)(params)
+            updates, opt = critic_tx.update(grads, opt, params)
+            return (optax.apply_updates(params, updates), opt), None
+
+        (critic, critic_opt), _ = jax.lax.scan(
+            critic_step, (state.critic, state.critic_opt), None, length=settings.critic_steps
+        )
+        q = heads_apply(critic, features)
+
+        def actor_loss(p: Params) -> losses.Loss:
+            return losses.actor_loss(p, q, features, settings.actor_temperature, live)
+
+        def actor_step(carry: Any, _: None) -> tuple[Any, None]:
+            params, opt = carry
+            grads, _ = jax.grad(actor_loss, has_aux=True)(params)
+            updates, opt = actor_tx.update(grads, opt, params)
+            return (optax.apply_updates(params, updates), opt), None
+
+        (actor, actor_opt), _ = jax.lax.scan(
+            actor_step, (state.actor, state.actor_opt), None, length=settings.actor_steps
+        )
+        metrics = critic_loss(critic)[1] | actor_loss(actor)[1]
+
+        params, backbone_opt = state.backbone, state.backbone_opt
+        metrics |= {"backbone/loss": jnp.float32(0.0)}
+        if settings.train_backbone:
+            for _ in range(settings.backbone_steps):
+                grads, backbone_metrics = _backbone_gradient(
+                    backbone, settings, rollout, params, buffer, count
+                )
+                updates, backbone_opt = backbone_tx.update(grads, backbone_opt, params)
+                params = optax.apply_updates(params, updates)
+                metrics |= backbone_metrics
+        weights = dict(
+            zip(("critic_weight", "actor_weight", "backbone_weight"), settings.weights, strict=True)
+        )
+        parts = {f"{n}_loss": metrics[f"{n}/loss"] for n in ("critic", "actor", "backbone")}
+        metrics["total_loss"] = jnp.asarray(losses.total_loss(parts, weights))
+        return state.replace(
+            actor=actor,
+            critic=critic,
+            target_critic=critic,
+            backbone=params,
+            actor_opt=actor_opt,
+            critic_opt=critic_opt,
+            backbone_opt=backbone_opt,
+            iteration=state.iteration + 1,
+        ), metrics
+
+    return update
+
+
+def _backbone_gradient(
+    backbone: Backbone,
+    settings: LearnerSettings,
+    rollout: RolloutSettings,
+    params: Params,
+    buffer: PaperEpisode,
+    count: jax.Array,
+) -> tuple[Params, Metrics]:
+    """Gradient of the return-weighted copying loss over every stored step, in micro-batches."""
+    capacity, horizon, gen_len = buffer.gen_before.shape
+    micro = settings.backbone_batch
+    devices = jax.lax.axis_size(DATA_AXIS)
+    total = capacity * horizon
+    rows = -(-total // (micro * devices)) * micro * devices
+    # The head runs on the positions a step may have written only; there are at most `width`.
+    width = min(gen_len, max(spec.limit for spec in rollout.operators.specs))
+    index = jnp.arange(rows)
+    episode, step = jnp.minimum(index, total - 1) // horizon, index % horizon
+    real = (index < total) & (episode < count)
+    written = buffer.written[episode, step]
+    # Written positions first, in order; the rest is padding that does not count.
+    column = jnp.argsort(~written, axis=1, stable=True)[:, :width]
+    chosen = {
+        "episode": episode,
+        "step": step,
+        "column": column,
+        "written": jnp.take_along_axis(written, column, axis=1) & real[:, None],
+    }
+    mine = jax.tree.map(own_slice, chosen)
+    mine = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), mine)
+    prompt_len = buffer.canvas.prompt_len[episode][:, None]
+    counted = chosen["written"] & (prompt_len + column < buffer.target_len[episode][:, None])
+    pairs = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+
+    def loss(p: Params, part: Any) -> tuple[jax.Array, Metrics]:
+        rows = part["episode"]
+        canvas = jax.tree.map(lambda x: x[rows], buffer.canvas)
+        gen_ids = buffer.gen_before[rows, part["step"]]
+        level = noise_level(rollout, part["step"])
+        context = backbone.begin(p, canvas)
+        hidden = backbone.score(p, context, canvas, gen_ids, level).hidden
+        picked = jnp.take_along_axis(hidden, part["column"][..., None], axis=1)
+        sums = losses.backbone_sums(
+            backbone.logits(p, picked),
+            canvas.prompt_len[:, None] + part["column"],
+            part["written"],
+            buffer.target[rows],
+            buffer.target_len[rows],
+            buffer.returns[rows],
+            advantage_positive=settings.advantage_positive,
+            advantage_clip=settings.advantage_clip,
+        )
+        value = sums.weighted / pairs
+        return value, {
+            "backbone/loss": value,
+            "backbone/zero_weight_share": sums.zero_weight / pairs,
+        }
+
+    def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, carry, (grads, metrics)), None
+
+    zero = jnp.float32(0.0)
+    start = (
+        jax.tree.map(jnp.zeros_like, params),
+        {"backbone/loss": zero, "backbone/zero_weight_share": zero},
+    )
+    sums, _ = jax.lax.scan(accumulate, start, mine)
+    return sum_over_devices(sums)

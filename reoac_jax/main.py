@@ -1,0 +1,87 @@
+"""REOAC: reinforcement learning of edit operators on a discrete-diffusion language model.
+
+    python -m reoac_jax.main --config=configs/gsm8k.py
+    python -m reoac_jax.main --config=configs/gsm8k.py:tiny --workdir=runs/x --config.seed=1
+
+Modes: train (default), eval (--checkpoint=RUN), prep (write processed data), pretrain (train the
+backbone from scratch), viz (--run_dir=RUN). The same command run again continues where it stopped.
+Exit status: 0 done, 2 bad usage or config, 3 stopped but resumable.
+"""
+
+import sys
+
+from absl import logging
+
+from common import dist, flags
+from common.errors import UserError
+from common.rundir import RunDir
+
+MODES = ("train", "eval", "prep", "pretrain", "viz")
+flags.define_flags("configs/gsm8k.py", MODES)
+
+
+def main(argv: list[str]) -> int:
+    """Check the config, find the run directory, and do what --mode says."""
+    del argv
+    from reoac_jax.defaults import finalize
+
+    given = flags.FLAGS
+    logging.set_verbosity(logging.INFO)
+    if given.mode == "viz":
+        from reoac_jax.viz import run_viz
+
+        if not given.run_dir:
+            raise UserError("--mode=viz needs --run_dir=RUN, the directory of a finished run")
+        for path in run_viz(given.run_dir, given.sample, given.output):
+            print(path)
+        return 0
+    config = given.config
+    for warning in finalize(config):
+        logging.warning(warning)
+    if given.limit:
+        config.eval.limit = given.limit
+    if given.mode == "prep":
+        from reoac_jax.prep import run_prep
+
+        for report in run_prep(config):
+            print(
+                f"{report.split}: {report.records} records, {report.dropped} rows dropped, from "
+                f"{report.source} -> {report.path}"
+            )
+        return 0
+    dist.initialize()
+    if given.mode == "eval":
+        from reoac_jax.evaluation_mode import evaluate_checkpoint
+
+        evaluate_checkpoint(config, given.checkpoint, given.output)
+        return 0
+    if given.checkpoint:
+        raise UserError("--checkpoint belongs to --mode=eval; to continue a run give its --workdir")
+    from reoac_jax.runs import find_or_create
+
+    run = find_or_create(config, given.workdir, given.mode)
+    with run.lock():
+        flags.dump_config(config, run.config, given)
+        logging.info("run directory %s", run.path)
+        _start(config, run, given.mode)
+    return 0
+
+
+def _start(config: object, run: RunDir, mode: str) -> None:
+    import jax
+
+    logging.info("jax %s on %s", jax.__version__, ", ".join(str(d) for d in jax.devices()))
+    if mode == "pretrain":
+        from reoac_jax.pretrain import pretrain
+
+        pretrain(config, run)
+    else:
+        from reoac_jax.train import train
+
+        train(config, run)
+
+
+if __name__ == "__main__":
+    # ConfigDict.update is a method, so the section of the original's name is `updates` here.
+    sys.argv = [a.replace("--config.update.", "--config.updates.", 1) for a in sys.argv]
+    flags.run(main)

@@ -1,0 +1,88 @@
+"""From finished canvases to rewards: decode each episode once, grade it in isolated workers.
+
+`Grader.submit` returns at once, so one batch is graded while the next rolls out on the device.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from common.answers.pool import GradingHandle, GradingPool
+from reoac_jax.tokenizer import Tokenizer
+
+
+class Graded(NamedTuple):
+    """texts, rewards [B] float32 in [0, 1], and how many answers hit the time limit or crashed."""
+
+    texts: list[str]
+    rewards: np.ndarray
+    num_failed: int
+
+
+class PendingGrades(NamedTuple):
+    """A batch being graded."""
+
+    texts: list[str]
+    handle: GradingHandle
+
+    def result(self) -> Graded:
+        """Wait for the verdicts."""
+        verdicts = self.handle.result()
+        failed = sum(v.timed_out or v.crashed for v in verdicts)
+        return Graded(self.texts, np.array([v.score for v in verdicts], np.float32), failed)
+
+
+def decode_texts(
+    gen_ids: np.ndarray, tokenizer: Tokenizer, mask_id: int, cut_at_eos: bool
+) -> list[str]:
+    """Texts of canvases [B, G] int32, without special tokens.
+
+    Args:
+      cut_at_eos: stop at the first eos (plus); otherwise special ids are dropped anywhere (paper).
+    """
+    special = {mask_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id}
+    texts = []
+    for row in gen_ids.tolist():
+        if cut_at_eos and tokenizer.eos_id in row:
+            row = row[: row.index(tokenizer.eos_id)]
+        texts.append(tokenizer.decode([i for i in row if i not in special]))
+    return texts
+
+
+class Grader:
+    """Grades batches of canvases against gold answers; a context manager that owns its workers."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        mask_id: int,
+        *,
+        cut_at_eos: bool,
+        mode: str = "strict",
+        verifier: str = "robust",
+        workers: int = 1,
+        time_limit: float = 2.0,
+    ) -> None:
+        """Start the workers.
+
+        Args:
+          cut_at_eos: see `decode_texts`.
+          mode, verifier: of `common.answers.grade_gsm8k`.
+          time_limit: seconds per answer.
+        """
+        self._tokenizer, self._mask_id, self._cut = tokenizer, mask_id, cut_at_eos
+        self._options = {"mode": mode, "verifier": verifier}
+        self._pool = GradingPool(num_workers=workers, time_limit_s=time_limit)
+
+    def submit(self, gen_ids: np.ndarray, golds: Sequence[str]) -> PendingGrades:
+        """Decode canvases [B, G] and queue them; returns at once."""
+        texts = decode_texts(gen_ids, self._tokenizer, self._mask_id, self._cut)
+        items = [(text, gold, self._options) for text, gold in zip(texts, golds, strict=True)]
+        return PendingGrades(texts, self._pool.submit(items))
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.close()
