@@ -109,7 +109,8 @@ def heads_apply(
     hidden, outputs = params["dense_1"]["kernel"].shape
     module = Head(hidden, outputs, dropout)
     rngs = None if key is None else {"dropout": key}
-    return module.apply({"params": params}, features, deterministic=key is None, rngs=rngs)
+    outcome: Any = module.apply({"params": params}, features, deterministic=key is None, rngs=rngs)
+    return outcome
 
 
 def export_head(params: HeadParams, kind: str) -> dict[str, np.ndarray]:

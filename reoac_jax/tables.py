@@ -6,11 +6,12 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.typing import ArrayLike
 
 from common.errors import UserError
 from common.rundir import atomic_write
@@ -51,21 +52,21 @@ class Tables:
         is_comma: [V] bool, exactly ",".
     """
 
-    num_full: ArrayLike
-    op_char: ArrayLike
-    has_digit: ArrayLike
-    str_id: ArrayLike
-    lower_id: ArrayLike
-    num_ids: ArrayLike
-    tail: ArrayLike
-    special: ArrayLike
-    is_digits: ArrayLike
-    digit_value: ArrayLike
-    digit_count: ArrayLike
-    digit_zeros: ArrayLike
-    starts_with_space: ArrayLike
-    is_dot: ArrayLike
-    is_comma: ArrayLike
+    num_full: jax.Array
+    op_char: jax.Array
+    has_digit: jax.Array
+    str_id: jax.Array
+    lower_id: jax.Array
+    num_ids: jax.Array
+    tail: jax.Array
+    special: jax.Array
+    is_digits: jax.Array
+    digit_value: jax.Array
+    digit_count: jax.Array
+    digit_zeros: jax.Array
+    starts_with_space: jax.Array
+    is_dot: jax.Array
+    is_comma: jax.Array
     eos_id: int = struct.field(pytree_node=False)
     pad_id: int = struct.field(pytree_node=False)
     bos_id: int = struct.field(pytree_node=False)
@@ -135,13 +136,10 @@ def build_tables(
         if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays)
+            np.savez_compressed(buffer, allow_pickle=False, **arrays)
             atomic_write(path, buffer.getvalue())
-    return Tables(
-        **{name: jnp.asarray(array) for name, array in arrays.items()},
-        **special._asdict(),
-        strings_mode=strings_mode,
-    )
+    fields: dict[str, Any] = {name: jnp.asarray(array) for name, array in arrays.items()}
+    return Tables(**fields, **special._asdict(), strings_mode=strings_mode)
 
 
 def _fill(strings: list[str | None]) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 
 from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.backbone.toy import table_backbone
+from reoac_jax.key_tokens import key_mask
 from reoac_jax.losses import actor_loss, backbone_loss, critic_loss, total_loss
 from reoac_jax.networks import heads_apply
 from reoac_jax.operators import OperatorParams, operator_params, ranked_operators
@@ -22,7 +23,6 @@ from reoac_jax.schedule import sigma
 from reoac_jax.types import SpecialIds
 from tests.parity.reoac_vocabulary import load_tables, reoac_files
 from tests.parity.test_reoac_heads import head
-from tests.parity.test_reoac_key_masks import key_mask
 
 TOLERANCE = 2e-5
 

@@ -1,5 +1,8 @@
 """Losses: values by hand, gradients exactly where they belong, nothing from void entries."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +22,7 @@ def size(tree: object) -> float:
     return float(sum(jnp.abs(leaf).sum() for leaf in jax.tree.leaves(tree)))
 
 
-def gradient(function: object, *arguments: object) -> tuple:
+def gradient(function: Callable[..., Any], *arguments: Any) -> tuple:
     """Gradients of the loss part in all arguments."""
     numbers = tuple(range(len(arguments)))
     return jax.grad(lambda *a: function(*a)[0], argnums=numbers)(*arguments)
@@ -58,7 +61,7 @@ def test_step_mask_equals_leaving_steps_out() -> None:
     np.testing.assert_allclose(whole, part, rtol=1e-6)
 
 
-def backbone_case() -> dict[str, jax.Array]:
+def backbone_case() -> dict[str, Any]:
     rng = np.random.default_rng(0)
     return {
         "logits": jnp.asarray(rng.normal(size=(4, 5, 9)), jnp.float32),
@@ -125,7 +128,7 @@ def test_gae_against_its_sums(gamma: float, lam: float) -> None:
     rewards, values = rng.normal(size=(2, 3, 6)).astype(np.float32)
     lengths = [6, 3, 0]
     valid = np.arange(6) < np.asarray(lengths)[:, None]
-    found = losses.gae(*map(jnp.asarray, (rewards, values, valid)), gamma, lam)
+    found = losses.gae(jnp.asarray(rewards), jnp.asarray(values), jnp.asarray(valid), gamma, lam)
     for row, length in enumerate(lengths):
         following = np.append(values[row, :length], 0.0)
         delta = rewards[row, :length] + gamma * following[1:] - following[:-1]

@@ -52,7 +52,7 @@ def test_statistics_in_parts_equal_the_whole() -> None:
     mask = rng.random(50) < 0.7
     dirty = np.where(mask[:, None], rows, np.nan).astype(np.float32)
     stats = init_stats(3)
-    np.testing.assert_array_equal(normalise(stats, rows), rows)
+    np.testing.assert_array_equal(normalise(stats, jnp.asarray(rows)), rows)
     update = jax.jit(update_stats)
     for start in range(0, 50, 10):
         part = slice(start, start + 10)
@@ -61,7 +61,7 @@ def test_statistics_in_parts_equal_the_whole() -> None:
     np.testing.assert_allclose(stats.count, mask.sum())
     np.testing.assert_allclose(stats.mean, kept.mean(0), atol=1e-5)
     np.testing.assert_allclose(stats.square / stats.count, kept.var(0), rtol=1e-4, atol=1e-6)
-    scaled = np.asarray(normalise(stats, kept))
+    scaled = np.asarray(normalise(stats, jnp.asarray(kept)))
     np.testing.assert_allclose(scaled.mean(0), 0.0, atol=1e-4)
     np.testing.assert_allclose(scaled.std(0), [1.0, 1.0, 0.0], atol=1e-4)
     unchanged = update(stats, dirty[:10], np.zeros(10, bool))

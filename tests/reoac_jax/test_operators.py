@@ -102,7 +102,8 @@ def slow_plus(
     waiting = [j for j in range(len(pred)) if masked[j] and active[j]]
     candidates = waiting or [j for j in range(len(pred)) if active[j] and not masked[j]]
     best_first = sorted(candidates, key=lambda j: (-confidence[j], j))
-    writes, remasks = [], []
+    writes: list[set[int]] = []
+    remasks: list[set[int]] = []
     for spec in params.specs:
         if spec.name == "O_BRANCH":
             chosen = []

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,6 +79,6 @@ def test_pace_finishes_in_time() -> None:
     for remaining in range(20):
         left = remaining
         for step in range(6):
-            left -= int(pace(np.asarray([left]), 6 - step)[0])
+            left -= int(pace(jnp.asarray([left]), 6 - step)[0])
         assert left == 0
-    assert pace(np.asarray([5, 0]), 0).tolist() == [5, 0]
+    assert pace(jnp.asarray([5, 0]), 0).tolist() == [5, 0]
