@@ -23,7 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("source", help="hub directory, converted directory, weight file, hub name")
     parser.add_argument("target", help="directory to write")
-    parser.add_argument("--family", default="auto", choices=("auto", *FAMILIES))
+    parser.add_argument(
+        "--family",
+        default="auto",
+        choices=("auto", *FAMILIES),
+        help="what the source must be; auto: what its config.json says",
+    )
     parser.add_argument("--dtype", default="float32", help="stored: float32 | bfloat16 | float16")
     parser.add_argument("--base-config", help="config.json of the base model (Qwen3)")
     parser.add_argument("--to", choices=("orbax", "hf"), help="default: the other layout")

@@ -280,8 +280,10 @@ def _measure_vocabulary(values: _Values, rows: int) -> None:
     override = backbone.get("vocab_size")
     # Without an override the rows are those of the base model, whatever the tokenizer fills.
     slack = override is None and base.get("vocab_size") == rows
-    padded = stated is None or rows == -(-stated // multiple) * multiple
-    if not padded and (stated > rows or not slack):
+    contradicts = False
+    if stated is not None and rows != -(-stated // multiple) * multiple:
+        contradicts = stated > rows or not slack
+    if contradicts:
         raise UserError(
             f"config.json says vocab_size = {stated}, but tensor '{EMBEDDING}' shows {rows}"
         )

@@ -12,6 +12,7 @@ from common import torch_bridge
 from common.errors import UserError
 from reoac_jax import convert
 from reoac_jax.backbone import e2d2_bridge, e2d2_config, store
+from tests.parity import e2d2_cases
 from tests.parity.e2d2_cases import folder_cases
 
 each_folder = pytest.mark.parametrize("folder", folder_cases())
@@ -106,6 +107,28 @@ def test_conversion_to_orbax_and_back(folder, tmp_path, capsys):
         key: value for key, value in theirs.items() if key != "backbone_config"
     }
     assert ours["score_mode"] == "blockwise"
+
+
+@pytest.mark.parametrize("layout", ["orbax", "hf"])
+def test_tokenizer_files_travel_along(tmp_path, layout):
+    source = copy_model(e2d2_cases.model_folders()[0], tmp_path / "source")
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    (source / "modeling.py").write_text("raise SystemExit")
+    target = tmp_path / "target"
+    assert convert.main([str(source), str(target), "--to", layout]) == 0
+    assert (target / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    assert not (target / "modeling.py").exists()
+    assert [p.name for p in store.load_backbone(target).tokenizer_files] == ["tokenizer.json"]
+
+
+def test_damaged_checkpoints_fail_in_one_line(tmp_path, capsys):
+    target = tmp_path / "orbax"
+    assert convert.main([str(e2d2_cases.model_folders()[0]), str(target)]) == 0
+    capsys.readouterr()
+    shutil.rmtree(target / "params" / "d")
+    assert "params" in failing(target, tmp_path, capsys)
+    (target / store.DESCRIPTION).write_text('{"format": 1, "family": "e2d2"}')
+    assert store.DESCRIPTION in failing(target, tmp_path, capsys)
 
 
 @each_folder

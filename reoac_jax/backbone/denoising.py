@@ -1,0 +1,138 @@
+"""One denoising step of a block: which tokens are proposed and where they are written."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from common.errors import UserError
+from reoac_jax.backbone.e2d2 import NEG_INF, E2D2Config
+from reoac_jax.selection import descending_rank
+
+STRATEGIES = ("predict_and_noise", "posterior")
+CONFIDENCES = ("probability", "margin", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """How blocks are denoised; hashable, a static argument.
+
+    Attributes:
+        num_steps: Denoising steps per block; 0 = the block size.
+        strategy: "predict_and_noise" (predict all, mask the least sure again) or "posterior"
+            (sample the reverse process). "predict_then_noise" is the same as the first.
+        confidence: What "sure" means: the token's probability, its margin over the second best
+            token, or "none" (positions are masked again at random).
+        threshold: Positions with at least this probability stay decoded; above 1 = off.
+        greedy: Best token instead of a sample.
+        temperature: Of samples.
+        first_hitting: No more steps than tokens in a block.
+        align: Blocks start at multiples of S, the first one with the prompt's tail; otherwise
+            they start behind the prompt.
+        stop_at_eos: A row ends with the block in which it wrote the end token.
+        original_blocks: Repeat two slips of the original implementation: with `align` the
+            number of blocks is rounded down, which leaves trailing masks, and the last block is
+            encoded although nothing follows.
+    """
+
+    num_steps: int = 0
+    strategy: str = "predict_and_noise"
+    confidence: str = "probability"
+    threshold: float = 1e6
+    greedy: bool = True
+    temperature: float = 1.0
+    first_hitting: bool = True
+    align: bool = True
+    stop_at_eos: bool = True
+    original_blocks: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy == "predict_then_noise":
+            object.__setattr__(self, "strategy", "predict_and_noise")
+        for name, choices in (("strategy", STRATEGIES), ("confidence", CONFIDENCES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"decoding {name} '{getattr(self, name)}' is none of {choices}")
+
+    def steps_per_block(self, block_size: int) -> int:
+        """Most denoising steps a block gets."""
+        steps = self.num_steps or block_size
+        return min(steps, block_size) if self.first_hitting else steps
+
+
+def _sample(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """One token per position: keys [B], logits [B, S, V] -> [B, S] int32.
+
+    Plain float32 Gumbel noise has too short a tail for large vocabularies, hence mode "high".
+    """
+    draw = functools.partial(jax.random.categorical, mode="high")
+    return jax.vmap(draw)(keys, logits).astype(jnp.int32)
+
+
+def predict_step(
+    logits: jax.Array,
+    masked: jax.Array,
+    noise_share: jax.Array,
+    keys: jax.Array,
+    cfg: E2D2Config,
+    settings: DecodeSettings,
+) -> tuple[jax.Array, jax.Array]:
+    """Predicts every masked position and keeps the surest: (tokens, where to write), [B, S].
+
+    Args:
+        logits: [B, S, V] raw.
+        masked: bool [B, S].
+        noise_share: int32, masks a whole block has at the next time.
+        keys: [B].
+        cfg: The network.
+        settings: Strategy.
+    """
+    vocab = jnp.arange(cfg.vocab_size)
+    logits = jnp.where(vocab == cfg.mask_id, NEG_INF, logits)
+    peak = logits.max(axis=-1)  # [B, S]
+    total = jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)
+    token_key, order_key = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    if settings.greedy:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        chosen = peak
+    else:
+        token = _sample(token_key, logits / settings.temperature)
+        chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    probability = jnp.exp(chosen - peak) / total
+    sureness = probability
+    if settings.confidence == "margin":
+        best = jnp.argmax(logits, axis=-1)
+        second = jnp.where(vocab == best[..., None], NEG_INF, logits).max(axis=-1)
+        sureness = (1.0 - jnp.exp(second - peak)) / total
+    elif settings.confidence == "none":
+        sureness = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))(order_key)
+    count = jnp.sum(masked, axis=1)
+    # At least one position is decoded, whatever the schedule says.
+    keep_masked = jnp.maximum(jnp.minimum(noise_share, count - 1), 0)
+    write = descending_rank(sureness, masked) < (count - keep_masked)[:, None]
+    return token, write | (probability >= settings.threshold)
+
+
+def posterior_step(
+    logits: jax.Array,
+    alphas: tuple[jax.Array, jax.Array],
+    last: jax.Array,
+    keys: jax.Array,
+    cfg: E2D2Config,
+    settings: DecodeSettings,
+) -> tuple[jax.Array, jax.Array]:
+    """One step of the reverse process: (tokens, where to write), [B, S].
+
+    The mask's share of the last step, about 1e-5, goes to the tokens: no mask may remain.
+    """
+    alpha_t, alpha_s = alphas
+    is_mask = jnp.arange(cfg.vocab_size) == cfg.mask_id
+    logits = jnp.where(is_mask, NEG_INF, logits / settings.temperature)
+    tokens = jax.nn.log_softmax(logits) + jnp.log(alpha_s - alpha_t)
+    stay = jnp.where(last, NEG_INF, jnp.log(1.0 - alpha_s))
+    posterior = jnp.where(is_mask, stay, tokens)
+    if settings.greedy:
+        token = jnp.argmax(posterior, axis=-1).astype(jnp.int32)
+    else:
+        token = _sample(keys, posterior)
+    return token, token != cfg.mask_id

@@ -1,0 +1,291 @@
+"""E2D2 with exact key/value caches: weights and caches laid out for decoding block by block.
+
+The maths is that of `reoac_jax.backbone.e2d2`; the layout differs. Layers are separate (slicing a
+stacked array inside a loop copies the layer's weights each time), projections of one input are one
+matrix, and cached keys lie as [B, H_kv, K, C], so that no step transposes or concatenates a cache.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from common.lm import layers
+from common.lm.layers import Params, Rope
+from reoac_jax.backbone.e2d2 import E2D2Config
+
+
+class LayerWeights(NamedTuple):
+    """One layer; matrices are [inputs, outputs] in the activation dtype."""
+
+    norm_attn: jax.Array  # [D]
+    query: jax.Array  # [D, H*K]
+    key_value: jax.Array  # [D, 2*H_kv*K], keys first
+    query_norm: jax.Array  # [K]
+    key_norm: jax.Array  # [K]
+    output: jax.Array  # [H*K, D]
+    norm_mlp: jax.Array  # [D]
+    gate_up: jax.Array  # [D, 2*I], gate first
+    down: jax.Array  # [I, D]
+
+
+class DecodeWeights(NamedTuple):
+    """A network laid out for decoding; made once by `decode_weights`."""
+
+    embedding: jax.Array  # [V, D]
+    head: jax.Array | None  # [D, V], None = the embedding
+    encoder: tuple[LayerWeights, ...]
+    encoder_norm: jax.Array  # [D]
+    decoder: tuple[LayerWeights, ...]
+    decoder_norm: jax.Array  # [D]
+
+
+class LayerCache(NamedTuple):
+    """Rotated keys [B, H_kv, K, C] and values [B, H_kv, C, K] of one layer's context."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Caches(NamedTuple):
+    """Context of the encoder's own layers and of the decoder ("shared KV": the same, so empty)."""
+
+    encoder: tuple[LayerCache, ...]
+    decoder: tuple[LayerCache, ...]
+
+
+def encoder_depth(cfg: E2D2Config) -> int:
+    """Encoder layers that matter: with shared keys and values nothing reads what lies above."""
+    return max(cfg.kv_layers) + 1 if cfg.share_kv else cfg.num_encoder_layers
+
+
+def decode_weights(params: Params, cfg: E2D2Config) -> DecodeWeights:
+    """Copies a parameter tree into the layout for decoding.
+
+    Args:
+        params: Parameter tree of `e2d2.init_params`.
+        cfg: The network.
+
+    Returns:
+        The weights in the activation dtype; pass them instead of `params` when decoding often.
+    """
+    dtype = cfg.activation_dtype
+
+    def matrix(*kernels: jax.Array, inputs: int = 1) -> jax.Array:
+        flat = []
+        for kernel in kernels:
+            rows = 1
+            for size in kernel.shape[:inputs]:
+                rows *= size
+            flat.append(jnp.asarray(kernel).reshape(rows, -1))
+        return jnp.concatenate(flat, axis=1).astype(dtype)
+
+    def split(stack: Params, count: int) -> tuple[LayerWeights, ...]:
+        result = []
+        total = stack["norm_attn"]["scale"].shape[0]
+        for i in range(total - count, total):
+            layer: Any = jax.tree.map(lambda x, i=i: x[i], stack)
+            attn, mlp = layer["attn"], layer["mlp"]
+            result.append(
+                LayerWeights(
+                    norm_attn=jnp.asarray(layer["norm_attn"]["scale"]),
+                    query=matrix(attn["q"]["kernel"]),
+                    key_value=matrix(attn["k"]["kernel"], attn["v"]["kernel"]),
+                    query_norm=jnp.asarray(attn["q_norm"]["scale"]),
+                    key_norm=jnp.asarray(attn["k_norm"]["scale"]),
+                    output=matrix(attn["o"]["kernel"], inputs=2),
+                    norm_mlp=jnp.asarray(layer["norm_mlp"]["scale"]),
+                    gate_up=matrix(mlp["gate"]["kernel"], mlp["up"]["kernel"]),
+                    down=matrix(mlp["down"]["kernel"]),
+                )
+            )
+        return tuple(result)
+
+    encoder = split(params["encoder"]["layers"], cfg.num_encoder_layers)
+    encoder_norm = jnp.asarray(params["encoder"]["norm_final"]["scale"])
+    if cfg.tie_encoder_decoder:
+        decoder, decoder_norm = encoder[-cfg.num_decoder_layers :], encoder_norm
+    else:
+        decoder = split(params["decoder"]["layers"], cfg.num_decoder_layers)
+        decoder_norm = jnp.asarray(params["decoder"]["norm_final"]["scale"])
+    return DecodeWeights(
+        embedding=jnp.asarray(params["embed"]["embedding"]).astype(dtype),
+        head=None if cfg.tie_head else matrix(params["head"]["kernel"]),
+        encoder=encoder[: encoder_depth(cfg)],
+        encoder_norm=encoder_norm,
+        decoder=decoder,
+        decoder_norm=decoder_norm,
+    )
+
+
+# ---------------------------------------------------------------------------------------- layers
+def _key_value(weights: LayerWeights, cfg: E2D2Config, u: jax.Array, rope: Rope) -> LayerCache:
+    """Keys and values of the normalised input u [B, T, D] in cache layout."""
+    both = layers.dense(u, weights.key_value)
+    both = both.reshape(*u.shape[:2], 2, cfg.num_kv_heads, cfg.head_dim)  # [B, T, 2, H_kv, K]
+    key = layers.rms_norm(both[:, :, 0], weights.key_norm, cfg.rms_eps)
+    key = layers.apply_rope(key, rope)
+    return LayerCache(key.transpose(0, 2, 3, 1), both[:, :, 1].transpose(0, 2, 1, 3))
+
+
+def _attend(
+    query: jax.Array,
+    own: LayerCache,
+    own_mask: jax.Array | None,
+    context: LayerCache | None,
+    context_mask: jax.Array | None,
+) -> jax.Array:
+    """Attention of query [B, T, H, K] over cached context and the tokens themselves.
+
+    Scores of the two parts are joined, not the keys: they are smaller by the head size.
+
+    Args:
+        query: Rotated queries.
+        own: Keys and values of the same T tokens.
+        own_mask: bool, broadcastable to [B, T, T], or None = everything.
+        context: Cache, or None.
+        context_mask: bool [B, C], True = filled.
+
+    Returns:
+        [B, T, H*K].
+    """
+    batch, length, heads, head_dim = query.shape
+    groups = own.key.shape[1]
+    rows = heads // groups * length
+    q = query.transpose(0, 2, 1, 3).reshape(batch, groups, rows, head_dim)  # [B, H_kv, g*T, K]
+    lowest = jnp.finfo(jnp.float32).min
+
+    scores = jnp.matmul(q, own.key).astype(jnp.float32) * head_dim**-0.5  # [B, H_kv, g*T, T]
+    if own_mask is not None:
+        grid = scores.reshape(batch, groups, -1, length, length)
+        scores = jnp.where(own_mask[:, None, None], grid, lowest).reshape(scores.shape)
+    if context is not None and context_mask is not None:
+        past = jnp.matmul(q, context.key).astype(jnp.float32) * head_dim**-0.5  # [B, H_kv, g*T, C]
+        past = jnp.where(context_mask[:, None, None], past, lowest)
+        peak = jnp.maximum(past.max(-1, keepdims=True), scores.max(-1, keepdims=True))
+        past, scores = jnp.exp(past - peak), jnp.exp(scores - peak)
+        total = past.sum(-1, keepdims=True) + scores.sum(-1, keepdims=True)
+        out = jnp.matmul(past.astype(q.dtype), context.value)
+        out = (out + jnp.matmul(scores.astype(q.dtype), own.value)) / total.astype(q.dtype)
+    else:
+        out = jnp.matmul(jax.nn.softmax(scores, axis=-1).astype(q.dtype), own.value)
+    out = out.reshape(batch, heads, length, head_dim)
+    return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+
+
+def _layer(
+    weights: LayerWeights,
+    cfg: E2D2Config,
+    x: jax.Array,
+    rope: Rope,
+    own_mask: jax.Array | None,
+    context: LayerCache | None,
+    context_mask: jax.Array | None,
+) -> tuple[jax.Array, LayerCache]:
+    """One layer on x [B, T, D]; also returns its own keys and values."""
+    u = layers.rms_norm(x, weights.norm_attn, cfg.rms_eps)
+    query = layers.dense(u, weights.query).reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+    query = layers.rms_norm(query, weights.query_norm, cfg.rms_eps)
+    query = layers.apply_rope(query, rope)
+    own = _key_value(weights, cfg, u, rope)
+    x = x + layers.dense(_attend(query, own, own_mask, context, context_mask), weights.output)
+    u = layers.rms_norm(x, weights.norm_mlp, cfg.rms_eps)
+    gate, up = jnp.split(layers.dense(u, weights.gate_up), 2, axis=-1)
+    return x + layers.dense(jax.nn.silu(gate) * up, weights.down), own
+
+
+# ---------------------------------------------------------------------------------- the network
+def rope_of(cfg: E2D2Config, positions: jax.Array) -> Rope:
+    """Rotary angles of positions [B, T] int32."""
+    return layers.rope_angles(positions, cfg.head_dim, cfg.rope_theta)
+
+
+def empty_caches(cfg: E2D2Config, batch: int, capacity: int) -> Caches:
+    """Zeroed caches for C = capacity context tokens per row."""
+    dtype, heads, size = cfg.activation_dtype, cfg.num_kv_heads, cfg.head_dim
+
+    def cache() -> LayerCache:
+        return LayerCache(
+            jnp.zeros((batch, heads, size, capacity), dtype),
+            jnp.zeros((batch, heads, capacity, size), dtype),
+        )
+
+    count = 0 if cfg.share_kv else cfg.num_decoder_layers
+    encoder = tuple(cache() for _ in range(encoder_depth(cfg)))
+    return Caches(encoder, tuple(cache() for _ in range(count)))
+
+
+def _write(cache: LayerCache, new: LayerCache, start: jax.Array | int) -> LayerCache:
+    """Puts T tokens into a cache at column `start`, the same for every row."""
+    key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, axis=3)
+    return LayerCache(key, jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, 2))
+
+
+def commit(
+    weights: DecodeWeights,
+    cfg: E2D2Config,
+    ids: jax.Array,
+    positions: jax.Array,
+    caches: Caches,
+    start: jax.Array | int,
+    own_mask: jax.Array | None,
+    context_mask: jax.Array | None,
+) -> Caches:
+    """Encodes finished tokens and appends what later blocks need of them.
+
+    Args:
+        weights: From `decode_weights`.
+        cfg: The network.
+        ids: [B, T] int32 finished tokens.
+        positions: [B, T] int32.
+        caches: Extended in columns start .. start + T - 1.
+        start: Column.
+        own_mask: bool, broadcastable to [B, T, T], or None = all-to-all.
+        context_mask: bool [B, C] filled columns, or None = there is no context yet.
+
+    Returns:
+        The extended caches.
+    """
+    x, rope = weights.embedding[ids], rope_of(cfg, positions)
+    encoder = []
+    for layer, cache in zip(weights.encoder, caches.encoder, strict=True):
+        context = None if context_mask is None else cache
+        x, own = _layer(layer, cfg, x, rope, own_mask, context, context_mask)
+        encoder.append(_write(cache, own, start))
+    decoder = []
+    if caches.decoder:
+        hidden = layers.rms_norm(x, weights.encoder_norm, cfg.rms_eps)
+        for layer, cache in zip(weights.decoder, caches.decoder, strict=True):
+            u = layers.rms_norm(hidden, layer.norm_attn, cfg.rms_eps)
+            decoder.append(_write(cache, _key_value(layer, cfg, u, rope), start))
+    return Caches(tuple(encoder), tuple(decoder))
+
+
+def denoise_logits(
+    weights: DecodeWeights,
+    cfg: E2D2Config,
+    ids: jax.Array,
+    rope: Rope,
+    caches: Caches,
+    context_mask: jax.Array,
+) -> jax.Array:
+    """Decoder logits of one block given its context.
+
+    Args:
+        weights: From `decode_weights`.
+        cfg: The network.
+        ids: [B, S] int32 noisy tokens.
+        rope: Angles of their positions.
+        caches: The context.
+        context_mask: bool [B, C] filled columns.
+
+    Returns:
+        [B, S, V] float32 raw logits.
+    """
+    context = tuple(caches.encoder[i] for i in cfg.kv_layers) if cfg.share_kv else caches.decoder
+    x = weights.embedding[ids]
+    for layer, cache in zip(weights.decoder, context, strict=True):
+        x, _ = _layer(layer, cfg, x, rope, None, cache, context_mask)
+    x = layers.rms_norm(x, weights.decoder_norm, cfg.rms_eps)
+    kernel = weights.embedding.T if weights.head is None else weights.head
+    return layers.dense(x, kernel).astype(jnp.float32)
