@@ -58,8 +58,7 @@ def encode_supervised(
     prompts, _ = tokenizer.encode_batch([r[prompt_field] for r in records])
     targets, _ = tokenizer.encode_batch([r[answer_field] for r in records])
     cut = sum(
-        len(p) > prompt_width or len(a) + 1 > gen_len
-        for p, a in zip(prompts, targets, strict=True)
+        len(p) > prompt_width or len(a) + 1 > gen_len for p, a in zip(prompts, targets, strict=True)
     )
     prompt, prompt_len = pad_rows(prompts, prompt_width, tokenizer.pad_id)
     closed = [[*a[: gen_len - 1], tokenizer.eos_id] for a in targets]
@@ -67,7 +66,9 @@ def encode_supervised(
     return Encoded(prompt, prompt_len, target, target_len, cut)
 
 
-def lay_out(prompt: np.ndarray, prompt_len: np.ndarray, canvas: np.ndarray, pad_id: int) -> np.ndarray:
+def lay_out(
+    prompt: np.ndarray, prompt_len: np.ndarray, canvas: np.ndarray, pad_id: int
+) -> np.ndarray:
     """[N, P + G] int32: each prompt, its canvas [N, G] directly behind it, then padding."""
     n, width = prompt.shape
     tokens = np.full((n, width + canvas.shape[1]), pad_id, np.int32)

@@ -39,12 +39,12 @@ def load_records(config: ConfigDict, split: str, limit: int = 0) -> Sequence[Map
     size = d.train_size if split == "train" else d.eval_size
     if size < 1:
         raise UserError(f"config key dataset.{'train' if split == 'train' else 'eval'}_size={size}")
-    return ProblemSet(split, min(size, limit) if limit else size, d.problem_seed, difficulty(config))
+    return ProblemSet(
+        split, min(size, limit) if limit else size, d.problem_seed, difficulty(config)
+    )
 
 
-def load_prompts(
-    config: ConfigDict, split: str, tokenizer: Tokenizer, limit: int = 0
-) -> PromptSet:
+def load_prompts(config: ConfigDict, split: str, tokenizer: Tokenizer, limit: int = 0) -> PromptSet:
     """Encoded prompts of a split; see `load_records` and `encode_prompts`."""
     return encode_prompts(
         load_records(config, split, limit),

@@ -36,8 +36,13 @@ def get_default_config() -> ConfigDict:
     c.dataset.data_root = ""  # "" = REOAC_DATA_ROOT, else the working directory
     c.dataset.toy_size = 64
     c.dataset.math_subjects = (
-        "algebra", "counting_and_probability", "geometry", "intermediate_algebra",
-        "number_theory", "prealgebra", "precalculus",
+        "algebra",
+        "counting_and_probability",
+        "geometry",
+        "intermediate_algebra",
+        "number_theory",
+        "prealgebra",
+        "precalculus",
     )
     c.dataset.dump_math_subjects = False
     c.dataset.math_subject_root = "dataset/raw/math"
@@ -227,8 +232,11 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.finetune_mode, ("full", "none"), "finetune_mode")
     _one_of(c.backbone.name, ("e2d2", "simple"), "backbone.name")
     _one_of(c.backbone.sample_strategy, ("argmax", "sample"), "backbone.sample_strategy")
-    _one_of(c.backbone.score_mode, ("", "blockwise", "single_block", "left_to_right"),
-            "backbone.score_mode")
+    _one_of(
+        c.backbone.score_mode,
+        ("", "blockwise", "single_block", "left_to_right"),
+        "backbone.score_mode",
+    )
     _one_of(c.backbone.dtype, ("float32", "bfloat16"), "backbone.dtype")
     _one_of(c.relation.strings, ("raw", "stripped"), "relation.strings")
     _one_of(c.relation.numbers, ("token", "span"), "relation.numbers")
@@ -239,29 +247,63 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.parallel.mode, ("jit", "pmap"), "parallel.mode")
     _one_of(c.dataset.task, ("gsm8k",), "dataset.task")
     for key in (
-        "rollout.max_steps", "rollout.gen_len", "rollout.batch_size", "rollout.group_size",
-        "backbone.max_length", "buffer_size", "num_iterations", "episodes_per_iter",
-        "eval.batch_size", "updates.epochs", "updates.minibatch", "updates.backbone_batch",
-        "logging.checkpoint_interval", "actor.hidden_size", "critic.hidden_size",
-        "checkpoint.keep", "reward.workers", *(f"operators.{name}.k" for name in OPERATORS),
+        "rollout.max_steps",
+        "rollout.gen_len",
+        "rollout.batch_size",
+        "rollout.group_size",
+        "backbone.max_length",
+        "buffer_size",
+        "num_iterations",
+        "episodes_per_iter",
+        "eval.batch_size",
+        "updates.epochs",
+        "updates.minibatch",
+        "updates.backbone_batch",
+        "logging.checkpoint_interval",
+        "actor.hidden_size",
+        "critic.hidden_size",
+        "checkpoint.keep",
+        "reward.workers",
+        *(f"operators.{name}.k" for name in OPERATORS),
     ):
         if _at(c, key) < 1:
             raise UserError(f"config key {key}={_at(c, key)} must be at least 1")
     for key in (
-        "rollout.cost_lambda", "optim.actor_lr", "optim.critic_lr", "optim.backbone_lr",
-        "optim.weight_decay", "optim.grad_clip", "eval.limit", "eval.interval",
-        "rollout.patience", "losses.entropy_weight", "updates.backbone_rows",
-        "losses.backbone_pg_weight", "losses.backbone_sft_weight",
-        "losses.critic_weight", "losses.actor_weight", "losses.backbone_weight",
+        "rollout.cost_lambda",
+        "optim.actor_lr",
+        "optim.critic_lr",
+        "optim.backbone_lr",
+        "optim.weight_decay",
+        "optim.grad_clip",
+        "eval.limit",
+        "eval.interval",
+        "rollout.patience",
+        "losses.entropy_weight",
+        "updates.backbone_rows",
+        "losses.backbone_pg_weight",
+        "losses.backbone_sft_weight",
+        "losses.critic_weight",
+        "losses.actor_weight",
+        "losses.backbone_weight",
     ):
         if _at(c, key) < 0:
             raise UserError(f"config key {key}={_at(c, key)} must not be negative")
-    for key in ("relation.temperature", "backbone.temperature", "losses.actor_temperature",
-                "reward.time_limit"):
+    for key in (
+        "relation.temperature",
+        "backbone.temperature",
+        "losses.actor_temperature",
+        "reward.time_limit",
+    ):
         if not _at(c, key) > 0:
             raise UserError(f"config key {key}={_at(c, key)} must be positive")
-    for key in ("actor.dropout", "critic.dropout", "rollout.remask_ratio", "losses.gamma",
-                "losses.gae_lambda", "updates.target_decay"):
+    for key in (
+        "actor.dropout",
+        "critic.dropout",
+        "rollout.remask_ratio",
+        "losses.gamma",
+        "losses.gae_lambda",
+        "updates.target_decay",
+    ):
         if not 0.0 <= _at(c, key) <= 1.0:
             raise UserError(f"config key {key}={_at(c, key)} must lie between 0 and 1")
     if c.algo == "plus" and c.episodes_per_iter % c.rollout.group_size:

@@ -11,7 +11,7 @@ class Steps:
     """Records of every decision; leading axes [B, T].
 
     Rows that had finished before step t have active = False there; their other fields are then
-    meaningless but finite.
+    blank (zeros, mask ids) and nothing may be read from them.
 
     Attributes:
       features: [B, T, F] float32, what actor and critic saw.

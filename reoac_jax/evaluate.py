@@ -95,15 +95,22 @@ def run_policy(
     def collect(start: int, keep: int, episodes: Episodes) -> None:
         nonlocal usage
         ids, cost, count, operator, active = jax.device_get(
-            (episodes.final_ids, episodes.cost, episodes.num_steps, episodes.steps.operator,
-             episodes.steps.active)
+            (
+                episodes.final_ids,
+                episodes.cost,
+                episodes.num_steps,
+                episodes.steps.operator,
+                episodes.steps.active,
+            )
         )
         pending.append(grader.submit(ids[:keep], prompts.golds[start : start + keep]))
         costs.append(cost[:keep])
         steps.append(count[:keep])
         usage += np.bincount(operator[:keep][active[:keep]], minlength=len(OPERATORS))
 
-    bar = tqdm(total=total, desc=progress, unit="problem", disable=not (progress and dist.is_main()))
+    bar = tqdm(
+        total=total, desc=progress, unit="problem", disable=not (progress and dist.is_main())
+    )
     with bar:
         for start in range(0, total, size):
             index = np.minimum(np.arange(start, start + size), total - 1)
@@ -134,6 +141,7 @@ def summary(
     correct = int((result.rewards > 0).sum())
     mean, low, high = mean_interval(result.returns(cost_lambda, max_steps, max_cost))
     total = max(int(result.usage.sum()), 1)
+    usage = {name: int(c) / total for name, c in zip(OPERATORS, result.usage, strict=True)}
     return {
         "accuracy": correct / n,
         "accuracy_interval": list(wilson_interval(correct, n)),
@@ -142,7 +150,7 @@ def summary(
         "avg_steps": float(result.steps.mean()),
         "avg_return": mean,
         "avg_return_interval": [low, high],
-        "operators": {name: int(c) / total for name, c in zip(OPERATORS, result.usage, strict=True)},
+        "operators": usage,
         "n": n,
         "grading_failures": result.num_failed,
     }

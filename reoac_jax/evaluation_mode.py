@@ -1,5 +1,6 @@
 """--mode=eval: a checkpoint on the held-out prompts, greedy, strict."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,21 @@ def load_learner(
     wanted = checkpoint_settings(config, models)
     # Evaluation may use another data set and seed than training did.
     relevant = {
-        k: v for k, v in wanted.items()
-        if not k.startswith("dataset.") and k not in ("seed", "episodes_per_iter", "buffer_size")
+        k: v
+        for k, v in wanted.items()
+        if not k.startswith("dataset.")
+        and k not in ("seed", "episodes_per_iter", "buffer_size")
         and k != "rollout.batch_size"
     }
     with Checkpointer(path, settings=relevant, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
-            raise UserError(f"{path} holds no finished checkpoint: train first, or name another run")
+            raise UserError(
+                f"{path} holds no finished checkpoint: train first, or name another run"
+            )
         saved, host = checkpoints.restore({"learner": stored(state, settings)}, step, partial=True)
     learner = saved["learner"]
     if not settings.train_backbone:
-        learner = learner.replace(backbone=state.backbone)
+        learner = dataclasses.replace(learner, backbone=state.backbone)
     return learner, int(host["iteration"])
 
 
@@ -76,17 +81,29 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: str, output: str = "") -
     )
     with grader_for(config, models, evaluation=True) as grader:
         result = run_policy(
-            rollout, state.backbone, state.agent, prompts, grader, mesh,
+            rollout,
+            state.backbone,
+            state.agent,
+            prompts,
+            grader,
+            mesh,
             jax.random.fold_in(jax.random.key(config.seed), 2),
-            mask_id=models.backbone.mask_id, pad_id=models.backbone.pad_id,
-            batch_size=config.eval.batch_size, progress="evaluate",
+            mask_id=models.backbone.mask_id,
+            pad_id=models.backbone.pad_id,
+            batch_size=config.eval.batch_size,
+            progress="evaluate",
         )
     numbers = summary(
-        result, cost_lambda=config.rollout.cost_lambda, max_steps=config.rollout.max_steps,
+        result,
+        cost_lambda=config.rollout.cost_lambda,
+        max_steps=config.rollout.max_steps,
         max_cost=settings.operators.max_cost,
     )
-    numbers |= {"checkpoint": str(checkpoint), "iteration": iteration,
-                "score_mode": models.backbone.score_mode}
+    numbers |= {
+        "checkpoint": str(checkpoint),
+        "iteration": iteration,
+        "score_mode": models.backbone.score_mode,
+    }
     path = Path(output or Path(config.logging.output_dir) / f"eval_{config.dataset.task}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, numbers, result, prompts, 16)

@@ -52,7 +52,7 @@ class LearnerState:
     critic: Params
     target_critic: Params
     stats: FeatureStats
-    backbone: Params
+    backbone: Any
     actor_opt: Any
     critic_opt: Any
     backbone_opt: Any
@@ -190,11 +190,13 @@ def make_update_plus(
     backbone_tx = settings.optimizer("backbone")
 
     def update(
-        state: LearnerState, episodes: Episodes, reward: jax.Array, target: jax.Array, key: jax.Array
+        state: LearnerState,
+        episodes: Episodes,
+        reward: jax.Array,
+        target: jax.Array,
+        key: jax.Array,
     ) -> tuple[LearnerState, Metrics]:
-        steps, canvas, reward, target = all_rows(
-            (episodes.steps, episodes.canvas, reward, target)
-        )
+        steps, canvas, reward, target = all_rows((episodes.steps, episodes.canvas, reward, target))
         final_ids = all_rows(episodes.final_ids)
         active = steps.active
         seen = normalise(state.stats, steps.features)  # [B, T, F]
@@ -204,9 +206,7 @@ def make_update_plus(
         value = jnp.sum(policy * heads_apply(state.target_critic, seen), axis=-1)  # [B, T]
         value = jnp.where(active, value, 0.0)
         rewards = step_rewards(settings, steps.cost, active, reward)
-        advantage, returns = losses.gae(
-            rewards, value, active, settings.gamma, settings.gae_lambda
-        )
+        advantage, returns = losses.gae(rewards, value, active, settings.gamma, settings.gae_lambda)
         advantage = losses.normalise_advantages(advantage, active, settings.group_size)
 
         flat = jax.tree.map(
@@ -224,8 +224,14 @@ def make_update_plus(
 
             def actor_loss(p: Params) -> tuple[jax.Array, Metrics]:
                 return losses.ppo_loss(
-                    heads_apply(p, x), valid, operator, old, adv, live,
-                    clip=settings.clip, entropy_weight=settings.entropy_weight,
+                    heads_apply(p, x),
+                    valid,
+                    operator,
+                    old,
+                    adv,
+                    live,
+                    clip=settings.clip,
+                    entropy_weight=settings.entropy_weight,
                 )
 
             def critic_loss(p: Params) -> tuple[jax.Array, Metrics]:
@@ -255,10 +261,23 @@ def make_update_plus(
 
         params, backbone_opt = state.backbone, state.backbone_opt
         if settings.train_backbone:
-            gen_after = jnp.concatenate([steps.gen_before[:, 1:], final_ids[:, None]], axis=1)
+            # A row's last decision is followed by its final canvas; later records say nothing.
+            following = jnp.concatenate([active[:, 1:], jnp.zeros_like(active[:, :1])], axis=1)
+            gen_after = jnp.where(
+                following[..., None], jnp.roll(steps.gen_before, -1, axis=1), final_ids[:, None]
+            )
             grads, backbone_metrics = _backbone_gradient(
-                backbone, settings, params, canvas, steps.gen_before, gen_after,
-                steps.written & active[..., None], advantage, target, row_key, noise_key,
+                backbone,
+                settings,
+                params,
+                canvas,
+                steps.gen_before,
+                gen_after,
+                steps.written & active[..., None],
+                advantage,
+                target,
+                row_key,
+                noise_key,
             )
             updates, backbone_opt = backbone_tx.update(grads, backbone_opt, params)
             params = optax.apply_updates(params, updates)
@@ -302,9 +321,7 @@ def _episode_metrics(
     residual = jnp.sum(jnp.square(returns - value) * live) / count
     centre = jnp.sum(returns * live) / count
     spread = jnp.sum(jnp.square(returns - centre) * live) / count
-    usage = [
-        jnp.sum((steps.operator == a) * live) / count for a in range(steps.valid.shape[-1])
-    ]
+    usage = [jnp.sum((steps.operator == a) * live) / count for a in range(steps.valid.shape[-1])]
     metrics: Metrics = {
         "reward": reward.mean(),
         "cost": cost.mean(),
@@ -343,17 +360,19 @@ def _backbone_gradient(
     """
     batch, horizon, gen_len = written.shape
     useful = jnp.any(written, axis=2).reshape(-1)
-    wanted = settings.backbone_rows or batch * horizon
+    count = min(settings.backbone_rows or batch * horizon, batch * horizon)
     micro = settings.backbone_batch
     devices = jax.lax.axis_size(DATA_AXIS)
-    rows = -(-min(wanted, batch * horizon) // (micro * devices)) * micro * devices
+    rows = -(-count // (micro * devices)) * micro * devices
     # Useful decisions first, in random order; what is left over fills up with weight zero.
     rank = jax.random.uniform(row_key, useful.shape) + (~useful)
     order = jnp.argsort(rank)
     index = jnp.resize(order, (rows,))
-    real = useful[index] & (jnp.arange(rows) < min(wanted, batch * horizon))
+    real = useful[index] & (jnp.arange(rows) < count)
+    level_key, noise_key = jax.random.split(noise_key)
     keys = jax.vmap(lambda i: jax.random.fold_in(noise_key, i))(jnp.arange(rows))
-    level = (jax.random.permutation(noise_key, rows) + 0.5) / rows
+    # Over the rows that count, not the padded ones: else they would change with the devices.
+    level = jnp.resize((jax.random.permutation(level_key, count) + 0.5) / count, (rows,))
 
     def noise(key: jax.Array, t: jax.Array, gold: jax.Array) -> tuple[jax.Array, jax.Array]:
         ids, hidden = noise_canvas(key, t[None], gold[None], backbone.mask_id)
@@ -394,7 +413,9 @@ def _backbone_gradient(
             sft = -jnp.sum(jnp.where(part["hidden"], log_prob, 0.0)) / num_hidden
         total = settings.pg_weight * pg + settings.sft_weight * sft
         return settings.weights[2] * total, {
-            "backbone/pg": pg, "backbone/sft": sft, "backbone/loss": total,
+            "backbone/pg": pg,
+            "backbone/sft": sft,
+            "backbone/loss": total,
         }
 
     def accumulate(carry: Any, part: Any) -> tuple[Any, None]:

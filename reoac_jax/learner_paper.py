@@ -1,5 +1,6 @@
 """The update of algo="paper": full-buffer gradient steps on critic, actor and backbone."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from reoac_jax.learner import LearnerSettings, LearnerState, Metrics
 from reoac_jax.networks import heads_apply
 from reoac_jax.rollout import RolloutSettings
 from reoac_jax.rollout_paper import noise_level
+from reoac_jax.types import BatchArray
 
 
 @flax.struct.dataclass
@@ -29,14 +31,14 @@ class PaperEpisode:
       target: [P] int32 and target_len: [] int32, tokens of "prompt answer".
     """
 
-    features: jax.Array
-    operator: jax.Array
-    gen_before: jax.Array
-    written: jax.Array
+    features: BatchArray
+    operator: BatchArray
+    gen_before: BatchArray
+    written: BatchArray
     canvas: Canvas
-    returns: jax.Array
-    target: jax.Array
-    target_len: jax.Array
+    returns: BatchArray
+    target: BatchArray
+    target_len: BatchArray
 
 
 def make_update_paper(
@@ -103,7 +105,8 @@ def make_update_paper(
         )
         parts = {f"{n}_loss": metrics[f"{n}/loss"] for n in ("critic", "actor", "backbone")}
         metrics["total_loss"] = jnp.asarray(losses.total_loss(parts, weights))
-        return state.replace(
+        return dataclasses.replace(
+            state,
             actor=actor,
             critic=critic,
             target_critic=critic,

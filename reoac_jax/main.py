@@ -10,9 +10,7 @@ Exit status: 0 done, 2 bad usage or config, 3 stopped but resumable.
 
 import sys
 
-from absl import logging
-
-from common import dist, flags
+from common import dist, flags, log
 from common.errors import UserError
 from common.rundir import RunDir
 
@@ -26,7 +24,7 @@ def main(argv: list[str]) -> int:
     from reoac_jax.defaults import finalize
 
     given = flags.FLAGS
-    logging.set_verbosity(logging.INFO)
+    log.quiet_libraries()
     if given.mode == "viz":
         from reoac_jax.viz import run_viz
 
@@ -37,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 0
     config = given.config
     for warning in finalize(config):
-        logging.warning(warning)
+        log.warning(warning)
     if given.limit:
         config.eval.limit = given.limit
     if given.mode == "prep":
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> int:
     run = find_or_create(config, given.workdir, given.mode)
     with run.lock():
         flags.dump_config(config, run.config, given)
-        logging.info("run directory %s", run.path)
+        log.info("run directory %s", run.path)
         _start(config, run, given.mode)
     return 0
 
@@ -70,7 +68,7 @@ def main(argv: list[str]) -> int:
 def _start(config: object, run: RunDir, mode: str) -> None:
     import jax
 
-    logging.info("jax %s on %s", jax.__version__, ", ".join(str(d) for d in jax.devices()))
+    log.info("jax %s on %s", jax.__version__, ", ".join(str(d) for d in jax.devices()))
     if mode == "pretrain":
         from reoac_jax.pretrain import pretrain
 

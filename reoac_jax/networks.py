@@ -185,8 +185,8 @@ class FeatureStats:
 
 def init_stats(num_features: int) -> FeatureStats:
     """Statistics of no rows at all, for F features."""
-    zeros = jnp.zeros(num_features)
-    return FeatureStats(jnp.zeros(()), zeros, zeros)
+    # Two arrays, not one twice: a buffer cannot be donated two times.
+    return FeatureStats(jnp.zeros(()), jnp.zeros(num_features), jnp.zeros(num_features))
 
 
 def update_stats(

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from common import dist, flags
+from common import dist, flags, log
 from common.checkpoint import Checkpointer
 from common.errors import UserError
 from common.lm.layers import Params
@@ -39,11 +38,21 @@ from reoac_jax.masked_diffusion import canvas_loss
 from reoac_jax.rewards import Grader
 from reoac_jax.samplers import confidence_decode
 from reoac_jax.tokenizer import EMBEDDED_DIR, Tokenizer, load_tokenizer
+from reoac_jax.types import BatchArray
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-SHAPE_SECTIONS = ("model", "backbone.max_length", "rollout.gen_len", "seed", "pretrain.batch_size",
-                  "pretrain.stage_steps",
-                  "pretrain.stage_max_ops", "pretrain.lr", "pretrain.corpus_size", "dataset")
+SHAPE_SECTIONS = (
+    "model",
+    "backbone.max_length",
+    "rollout.gen_len",
+    "seed",
+    "pretrain.batch_size",
+    "pretrain.stage_steps",
+    "pretrain.stage_max_ops",
+    "pretrain.lr",
+    "pretrain.corpus_size",
+    "dataset",
+)
 
 
 @flax.struct.dataclass
@@ -67,9 +76,9 @@ class Stage(NamedTuple):
 class Corpus(NamedTuple):
     """Training examples on the device: tokens [N, L], prompt_len [N], target [N, G], int32."""
 
-    tokens: jax.Array
-    prompt_len: jax.Array
-    target: jax.Array
+    tokens: BatchArray
+    prompt_len: BatchArray
+    target: BatchArray
 
 
 def network_config(config: ConfigDict, tokenizer: Tokenizer) -> E2D2Config:
@@ -137,7 +146,7 @@ def stage_corpus(
     return dist.replicate(mesh, Corpus(tokens, full.prompt_len, target)), full.num_cut
 
 
-def canvas_of(tokens: jax.Array, prompt_len: jax.Array, prompt_width: int) -> Canvas:
+def canvas_of(tokens: BatchArray, prompt_len: BatchArray, prompt_width: int) -> Canvas:
     """A Canvas without key tokens, for training and plain sampling."""
     batch = tokens.shape[0]
     return Canvas(
@@ -188,9 +197,7 @@ def make_sampler(backbone: Backbone, name: str, value: float, gen_len: int) -> C
     """Compiled confidence sampler: name "steps" (value passes) or "threshold" (value = tau)."""
     steps = int(value) if name == "steps" else gen_len
     tau = None if name == "steps" else float(value)
-    return jax.jit(
-        functools.partial(confidence_decode, backbone, num_steps=steps, threshold=tau)
-    )
+    return jax.jit(functools.partial(confidence_decode, backbone, num_steps=steps, threshold=tau))
 
 
 def sampler_row(
@@ -241,8 +248,13 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
     golds = [str(r["target_answer"]) for r in held_out]
 
     optimizer = make_optimizer(
-        p.lr, betas=(0.9, 0.98), weight_decay=p.weight_decay, grad_clip=p.grad_clip,
-        warmup=p.warmup, schedule="cosine", total_steps=total,
+        p.lr,
+        betas=(0.9, 0.98),
+        weight_decay=p.weight_decay,
+        grad_clip=p.grad_clip,
+        warmup=p.warmup,
+        schedule="cosine",
+        total_steps=total,
     )
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
 
@@ -259,7 +271,7 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
     )
     frozen = _StepSettings(batch_size=p.batch_size, ema_decay=p.ema_decay)
     num_params = sum(x.size for x in jax.tree.leaves(state.params))
-    logging.info("network of %d parameters, %d updates", num_params, total)
+    log.info("network of %d parameters, %d updates", num_params, total)
     samplers = {
         (name, value): make_sampler(backbone, name, value, gen_len)
         for name, values in (("steps", p.eval_steps), ("threshold", p.eval_thresholds))
@@ -268,12 +280,16 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
     with (
         StopRequest() as stop,
         Checkpointer(
-            run.checkpoints, keep=config.checkpoint.keep,
+            run.checkpoints,
+            keep=config.checkpoint.keep,
             settings=flags.select(config, SHAPE_SECTIONS),
         ) as checkpoints,
         MetricWriter(run.path, dist.is_main(), config.logging.tensorboard) as writer,
         Grader(
-            tokenizer, network.mask_id, cut_at_eos=True, workers=config.reward.workers,
+            tokenizer,
+            network.mask_id,
+            cut_at_eos=True,
+            workers=config.reward.workers,
             time_limit=config.reward.time_limit,
         ) as grader,
     ):
@@ -281,9 +297,10 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
         if config.checkpoint.resume and checkpoints.latest_step() is not None:
             state, _ = checkpoints.restore(state)
             step = int(state.step)
-            logging.info("resuming at update %d", step)
+            log.info("resuming at update %d", step)
         writer.truncate_after(step)
         timer = StepTimer()
+
         def curve_now(kinds: tuple[str, ...]) -> list[dict[str, Any]]:
             rows = []
             for (name, value), sampler in samplers.items():
@@ -309,20 +326,30 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
                 if step >= stage.last:
                     continue
                 corpus, num_cut = stage_corpus(config, stage, tokenizer, mesh)
-                logging.info(
+                log.info(
                     "updates %d to %d: up to %d operations, canvas %d, %d examples cut",
-                    stage.first, stage.last, stage.max_ops, corpus.target.shape[1], num_cut,
+                    stage.first,
+                    stage.last,
+                    stage.max_ops,
+                    corpus.target.shape[1],
+                    num_cut,
                 )
                 while step < stage.last:
                     count = min(p.steps_per_dispatch, stage.last - step)
                     state, metrics = step_fn(
-                        corpus=corpus, mesh=mesh, settings=frozen, key=step_key, state=state,
+                        corpus=corpus,
+                        mesh=mesh,
+                        settings=frozen,
+                        key=step_key,
+                        state=state,
                         num_steps=count,
                     )
                     step += count
                     values = {k: float(v) for k, v in metrics.items()}
                     if not np.isfinite(values["pretrain/loss"]):
-                        raise UserError(f"the loss is not finite at update {step}: lower pretrain.lr")
+                        raise UserError(
+                            f"the loss is not finite at update {step}: lower pretrain.lr"
+                        )
                     bar.update(count)
                     bar.set_postfix(
                         loss=f"{values['pretrain/loss']:.3f}",

@@ -82,7 +82,9 @@ def encode_prompts(
         flags = key_mask(text, spans, sentence_final_numbers=sentence_final_numbers)
         width = min(len(flags), prompt_width)
         keys[i, :width] = flags[:width]
-    joined, _ = tokenizer.encode_batch([f"{t} {g}" if g else "" for t, g in zip(texts, golds, strict=True)])
+    joined, _ = tokenizer.encode_batch(
+        [f"{t} {g}" if g else "" for t, g in zip(texts, golds, strict=True)]
+    )
     absolute, absolute_len = pad_rows(joined, prompt_width, tokenizer.pad_id)
     plain, _ = tokenizer.encode_batch([ANNOTATION.sub("", g) for g in golds])
     closed = [[*row[: gen_len - 1], tokenizer.eos_id] for row in plain]

@@ -22,6 +22,7 @@ from reoac_jax import features as feature_rules
 from reoac_jax import relation as relation_rules
 from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.episodes import Episodes, Steps
+from reoac_jax.losses import mask_logits
 from reoac_jax.networks import FeatureStats, heads_apply, normalise
 from reoac_jax.operators import (
     OperatorParams,
@@ -35,6 +36,7 @@ from reoac_jax.tables import Tables
 from reoac_jax.types import OPERATORS
 
 NUM_OPERATORS = len(OPERATORS)
+TEMPORAL_DELTA = feature_rules.FEATURE_NAMES.index("temporal_delta")
 
 
 @flax.struct.dataclass
@@ -163,14 +165,14 @@ def _select(
 
     Args:
       logits: [B, A] actor logits.
-      valid: bool [B, A]; at least one True per running row.
+      valid: bool [B, A]; where nothing is valid every operator stays open (and does nothing).
       keys: [B] typed keys.
       mode: argmax | sample | random (uniform over valid) | fixed:<operator>, which falls back to
         the first valid operator of (O_SCOPE, then order) where it is void.
     """
     if mode == "random":
         logits = jnp.zeros_like(logits)
-    masked = jnp.where(valid, logits, -1e9)
+    masked = mask_logits(logits, valid)
     log_probs = jax.nn.log_softmax(masked, axis=-1)
     if mode in ("sample", "random"):
         operator = jax.vmap(jax.random.categorical)(keys, masked)
@@ -261,14 +263,14 @@ def rollout_plus(
             scale_entropy=True,
             prompt=facts,
         )
+        # At step 0 there is no previous relation to differ from.
+        base = base.at[:, TEMPORAL_DELTA].multiply(step > 0)
         progress = feature_rules.progress_features(
             step, horizon, masked, summary.confidence, carry.changed
         )
         parts = [base, progress]
         if settings.use_hidden:
-            parts.append(
-                feature_rules.normalised_pools(scores.pooled_canvas, scores.pooled_prompt)
-            )
+            parts.append(feature_rules.normalised_pools(scores.pooled_canvas, scores.pooled_prompt))
         features = jnp.concatenate(parts, axis=1)  # [B, F]
         seen = normalise(agent.stats, features)
         q = heads_apply(agent.critic, seen)
@@ -318,6 +320,12 @@ def rollout_plus(
             active=active,
         )
         row = active[:, None]
+
+        def record_step(all_: jax.Array, one: jax.Array) -> jax.Array:
+            # Rows that have finished keep blank records, however long the others go on.
+            running = active.reshape(-1, *[1] * (one.ndim - 1))
+            return all_.at[:, step].set(jnp.where(running, one, all_[:, step]))
+
         return _Carry(
             step=step + 1,
             gen_ids=jnp.where(row, after, gen_ids),
@@ -330,7 +338,7 @@ def rollout_plus(
             changed=jnp.where(row, after != gen_ids, carry.changed),
             reference=jnp.where(row & complete[:, None], after, carry.reference),
             stable=stable,
-            steps=jax.tree.map(lambda all_, one: all_.at[:, step].set(one), carry.steps, record),
+            steps=jax.tree.map(record_step, carry.steps, record),
         )
 
     blank_ids = jnp.full((batch, gen_len), backbone.mask_id, jnp.int32)

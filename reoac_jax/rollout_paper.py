@@ -68,8 +68,19 @@ def rollout_paper(
         gen_ids, _ = carry
         level = jnp.full(batch, noise_level(settings, step))
         after, record = paper_step(
-            backbone, options, settings.operators, tables, params, context, agent.actor,
-            agent.critic, canvas, gen_ids, level, row_keys(key, step, canvas.row_id), prompt=facts,
+            backbone,
+            options,
+            settings.operators,
+            tables,
+            params,
+            context,
+            agent.actor,
+            agent.critic,
+            canvas,
+            gen_ids,
+            level,
+            row_keys(key, step, canvas.row_id),
+            prompt=facts,
         )
         log_probs = jax.nn.log_softmax(record.actor_logits, axis=-1)
         # Only the last step's relation is ever written out, so only that one is carried.

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 
+from common import log
 from common.rundir import RunDir
 
 DONE = "DONE"
@@ -33,6 +33,6 @@ def find_or_create(config: ConfigDict, workdir: str, mode: str) -> RunDir:
             same = False
         if same:
             path = latest.resolve()
-            logging.info("continuing the unfinished run %s", path)
+            log.info("continuing the unfinished run %s", path)
             return RunDir.create(root, name, str(path))
     return RunDir.create(root, name)

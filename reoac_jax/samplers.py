@@ -67,8 +67,11 @@ def confidence_decode(
         t = remaining / canvas.gen_len
         scores = backbone.score(params, context, canvas, state.gen_ids, t)
         token, confidence = top_token(backbone.logits(params, scores.hidden))
-        candidates = masked if scores.editable is None else masked & scores.editable
         passes_left = jnp.maximum(num_steps - state.step, 1)
+        candidates = masked
+        if scores.editable is not None:
+            # The last pass completes the canvas, whatever the order of the blocks.
+            candidates = masked & (scores.editable | (passes_left == 1))
         even = -(-remaining // passes_left)
         if threshold is None:
             write = best_k(confidence, candidates, even)

@@ -1,16 +1,16 @@
 """--mode=train: roll out, grade, update, log, save; one function read from top to bottom."""
 
+import dataclasses
 import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from common import dist, flags
+from common import dist, flags, log
 from common.checkpoint import Checkpointer
 from common.data import IndexShuffler
 from common.errors import UserError
@@ -26,17 +26,30 @@ from reoac_jax.learner import LearnerSettings, LearnerState, init_state
 from reoac_jax.learner_paper import PaperEpisode
 from reoac_jax.models import Models, load_models
 from reoac_jax.prompts import PromptSet, make_canvas
-from reoac_jax.rewards import Graded, Grader
+from reoac_jax.rewards import Graded, Grader, PendingGrades
 from reoac_jax.rollout import RolloutSettings, feature_size
+from reoac_jax.runs import DONE
 from reoac_jax.types import OPERATORS
 
 # A checkpoint can only continue a run that agrees in these.
 SHAPE_SECTIONS = (
-    "algo", "seed", "actor", "critic", "rollout.gen_len", "rollout.max_steps", "rollout.use_hidden",
-    "rollout.group_size", "rollout.batch_size", "backbone.name", "backbone.max_length",
-    "backbone.model_name_or_path", "finetune_mode", "episodes_per_iter", "buffer_size", "dataset",
+    "algo",
+    "seed",
+    "actor",
+    "critic",
+    "rollout.gen_len",
+    "rollout.max_steps",
+    "rollout.use_hidden",
+    "rollout.group_size",
+    "rollout.batch_size",
+    "backbone.name",
+    "backbone.max_length",
+    "backbone.model_name_or_path",
+    "finetune_mode",
+    "episodes_per_iter",
+    "buffer_size",
+    "dataset",
 )
-DONE = "DONE"
 
 
 def grader_for(config: ConfigDict, models: Models, *, evaluation: bool) -> Grader:
@@ -79,12 +92,15 @@ def fresh_state(
 
 def stored(state: LearnerState, settings: LearnerSettings) -> LearnerState:
     """What a checkpoint holds: a frozen backbone is named by its digest, not copied."""
-    return state if settings.train_backbone else state.replace(backbone=())
+    return state if settings.train_backbone else dataclasses.replace(state, backbone=())
 
 
 def checkpoint_settings(config: ConfigDict, models: Models) -> dict[str, Any]:
     """Keys that a checkpoint and a run must agree in."""
-    return {**flags.select(config, SHAPE_SECTIONS), "backbone.digest": weights_digest(models.params)}
+    return {
+        **flags.select(config, SHAPE_SECTIONS),
+        "backbone.digest": weights_digest(models.params),
+    }
 
 
 def roll_out_and_grade(
@@ -100,7 +116,8 @@ def roll_out_and_grade(
     key: jax.Array,
 ) -> tuple[Episodes, Graded]:
     """Episodes for prompts `rows`, in batches; each batch is graded while the next rolls out."""
-    finished, pending = [], []
+    finished: list[Episodes] = []
+    pending: list[PendingGrades] = []
 
     def submit(episodes: Episodes, start: int) -> None:
         ids = jax.device_get(episodes.final_ids)  # waits for this batch; the next one is queued
@@ -130,7 +147,7 @@ def paper_episodes(
     episodes: Episodes, rewards: np.ndarray, prompts: PromptSet, rows: np.ndarray, lam: float
 ) -> PaperEpisode:
     """What the buffer keeps of a batch, on the host."""
-    host = jax.device_get(episodes.replace(relation=None))
+    host = jax.device_get(dataclasses.replace(episodes, relation=None))
     return PaperEpisode(
         features=host.steps.features,
         operator=host.steps.operator,
@@ -144,8 +161,13 @@ def paper_episodes(
 
 
 def write_samples(
-    run: RunDir, iteration: int, episodes: Episodes, graded: Graded, prompts: PromptSet,
-    rows: np.ndarray, count: int,
+    run: RunDir,
+    iteration: int,
+    episodes: Episodes,
+    graded: Graded,
+    prompts: PromptSet,
+    rows: np.ndarray,
+    count: int,
 ) -> None:
     """samples/iter{i}_step{j}.json of the first episodes; features are those of the last step."""
     count = min(count, len(rows))
@@ -192,7 +214,7 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
     prompts = load_prompts(config, "train", models.tokenizer)
     held_out = load_prompts(config, "test", models.tokenizer, config.eval.limit)
     if prompts.num_cut:
-        logging.warning("%d prompts are longer than backbone.max_length and were cut", prompts.num_cut)
+        log.warning("%d prompts are longer than backbone.max_length and were cut", prompts.num_cut)
 
     rollout_settings = RolloutSettings.from_config(config)
     max_cost = rollout_settings.operators.max_cost
@@ -204,9 +226,7 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
     greedy = compile_for(
         RolloutSettings.from_config(config, selection_mode="argmax", save_relation=False)
     )
-    update = compile_update(
-        models.backbone, settings, rollout_settings, mesh, config.parallel.mode
-    )
+    update = compile_update(models.backbone, settings, rollout_settings, mesh, config.parallel.mode)
     state = dist.replicate(mesh, fresh_state(config, models, settings, rollout_settings))
     run_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     eval_key = jax.random.fold_in(jax.random.key(config.seed), 2)
@@ -239,7 +259,9 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
     with (
         StopRequest() as stop,
         Checkpointer(
-            run.checkpoints, keep=config.checkpoint.keep, best="max",
+            run.checkpoints,
+            keep=config.checkpoint.keep,
+            best="max",
             settings=checkpoint_settings(config, models),
         ) as checkpoints,
         MetricWriter(run.path, dist.is_main(), config.logging.tensorboard) as writer,
@@ -249,9 +271,17 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
 
         def evaluate_now(title: str) -> dict[str, Any]:
             result = run_policy(
-                greedy, state.backbone, state.agent, held_out, eval_grader, mesh, eval_key,
-                mask_id=models.backbone.mask_id, pad_id=models.backbone.pad_id,
-                batch_size=config.eval.batch_size, progress=title,
+                greedy,
+                state.backbone,
+                state.agent,
+                held_out,
+                eval_grader,
+                mesh,
+                eval_key,
+                mask_id=models.backbone.mask_id,
+                pad_id=models.backbone.pad_id,
+                batch_size=config.eval.batch_size,
+                progress=title,
             )
             numbers = summary(result, **numbers_of)
             write_report(
@@ -267,14 +297,15 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
             if example is not None:
                 target["buffer"] = replay.to_state(buffer, example)
             saved, host = checkpoints.restore(target)
-            state = saved["learner"].replace(
-                backbone=saved["learner"].backbone if settings.train_backbone else state.backbone
+            state = dataclasses.replace(
+                saved["learner"],
+                backbone=saved["learner"].backbone if settings.train_backbone else state.backbone,
             )
             state = dist.replicate(mesh, state)
             iteration, position = host["iteration"], host["position"]
             if example is not None:
                 buffer = replay.from_state(jax.device_get(saved["buffer"]))
-            logging.info("resuming at iteration %d", iteration)
+            log.info("resuming at iteration %d", iteration)
         writer.truncate_after(iteration)
         before = None
         if iteration == 0:
@@ -283,7 +314,9 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
 
         timer = StepTimer()
         bar = tqdm(
-            total=config.num_iterations, initial=iteration, unit="iteration",
+            total=config.num_iterations,
+            initial=iteration,
+            unit="iteration",
             disable=not dist.is_main(),
         )
         with bar:
@@ -293,7 +326,15 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
                 row_ids = np.arange(episodes_per_iter)
                 with timer.part("rollout"):
                     episodes, graded = roll_out_and_grade(
-                        rollout, state, prompts, rows, row_ids, batch_size, models, mesh, grader,
+                        rollout,
+                        state,
+                        prompts,
+                        rows,
+                        row_ids,
+                        batch_size,
+                        models,
+                        mesh,
+                        grader,
                         jax.random.fold_in(key, 0),
                     )
                 if iteration % config.logging.sample_interval == 0 and dist.is_main():
@@ -306,7 +347,10 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
                             mesh, (jnp.asarray(graded.rewards), prompts.canvas_target[rows])
                         )
                         state, metrics = update(
-                            state, episodes.replace(relation=None), reward, target_ids,
+                            state,
+                            dataclasses.replace(episodes, relation=None),
+                            reward,
+                            target_ids,
                             jax.random.fold_in(key, 1),
                         )
                         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -347,7 +391,9 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
                     if example is not None:
                         tree["buffer"] = replay.to_state(buffer, example)
                     checkpoints.save(
-                        iteration, tree, {"iteration": iteration, "position": position},
+                        iteration,
+                        tree,
+                        {"iteration": iteration, "position": position},
                         metric=row["return"],
                     )
                     stop.check(f"iteration {iteration}")

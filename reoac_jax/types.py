@@ -1,8 +1,11 @@
 """Small structures that several modules of reoac_jax exchange."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+
+# A leaf of a batch that is built on the host and used on devices: NumPy or jax.Array.
+BatchArray = Any
 
 OPERATORS = ("O_NUM", "O_OP", "O_SCOPE", "O_BRANCH", "O_FAST")
 

@@ -91,8 +91,10 @@ def attention(
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         impl = "cudnn" if half and head_dim <= 128 and jax.default_backend() == "gpu" else "xla"
     if impl == "cudnn":
-        full = None if mask is None else jnp.broadcast_to(
-            mask[:, None], (batch, 1, length, key.shape[1])
+        full = (
+            None
+            if mask is None
+            else jnp.broadcast_to(mask[:, None], (batch, 1, length, key.shape[1]))
         )
         return jax.nn.dot_product_attention(query, key, value, mask=full, implementation="cudnn")
     if impl != "xla":

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from common.lm.layers import Params
 from reoac_jax.backbone import e2d2
+from reoac_jax.types import BatchArray
 
 
 @flax.struct.dataclass
@@ -30,10 +31,10 @@ class Canvas:
       row_id: [B] uint32, folded into every random key of the row.
     """
 
-    tokens: jax.Array
-    prompt_len: jax.Array
-    key_mask: jax.Array
-    row_id: jax.Array
+    tokens: BatchArray
+    prompt_len: BatchArray
+    key_mask: BatchArray
+    row_id: BatchArray
 
     @property
     def prompt_width(self) -> int:
@@ -77,7 +78,8 @@ class Canvas:
     def with_gen(self, gen_ids: jax.Array) -> "Canvas":
         """The same batch with canvas gen_ids [B, G]."""
         rows = jnp.arange(self.tokens.shape[0])[:, None]
-        return self.replace(tokens=self.tokens.at[rows, self.gen_index].set(gen_ids))
+        tokens = jnp.asarray(self.tokens).at[rows, self.gen_index].set(gen_ids)
+        return dataclasses.replace(self, tokens=tokens)
 
 
 class Scores(NamedTuple):
@@ -193,9 +195,7 @@ def e2d2_backbone(cfg: e2d2.E2D2Config) -> Backbone:
         del context, t
         tokens = canvas.with_gen(gen_ids).tokens
         attention_mask, context_mask = canvas.attention_mask, canvas.context_mask
-        hidden, _ = e2d2.blockwise_hidden(
-            params, cfg, tokens, tokens, attention_mask, context_mask
-        )
+        hidden, _ = e2d2.blockwise_hidden(params, cfg, tokens, tokens, attention_mask, context_mask)
         editable = None
         if cfg.score_mode == "left_to_right":
             active = e2d2.active_block_mask(tokens, context_mask, attention_mask, cfg)

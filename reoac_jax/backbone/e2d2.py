@@ -331,15 +331,12 @@ def decode(
 
 def head(params: Params, cfg: E2D2Config, hidden: jax.Array) -> jax.Array:
     """Raw float32 logits [..., V] of decoder states [..., D]."""
-    if cfg.tie_head:
-        kernel = params["embed"]["embedding"].T
-    else:
-        kernel = params["head"]["kernel"]
+    kernel = params["embed"]["embedding"].T if cfg.tie_head else params["head"]["kernel"]
     return layers.dense(hidden, kernel).astype(jnp.float32)
 
 
 def subs_log_probs(logits: jax.Array, noisy_ids: jax.Array, mask_id: int) -> jax.Array:
-    """SUBS parameterisation (Sahoo et al., 2024): never predict the mask, carry decoded tokens over.
+    """SUBS parameterisation (Sahoo et al., 2024): the mask is never predicted, the rest carried.
 
     Args:
       logits: [B, L, V] raw.

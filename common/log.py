@@ -1,0 +1,28 @@
+"""Messages to the person at the terminal: one line on stderr, from the main process only.
+
+Libraries below (Orbax above all) write dozens of lines per save through absl's logger; that one is
+kept at WARNING, so a run's own messages stay readable beside the progress bar.
+"""
+
+import sys
+
+from absl import logging as absl_logging
+from tqdm import tqdm
+
+
+def quiet_libraries() -> None:
+    """Let libraries report warnings only; call once at start-up."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+
+
+def info(message: str, *args: object) -> None:
+    """Print a line without tearing a progress bar."""
+    import jax
+
+    if jax.process_index() == 0:
+        tqdm.write(message % args if args else message, file=sys.stderr)
+
+
+def warning(message: str, *args: object) -> None:
+    """Print a line that starts with `warning:`."""
+    info("warning: " + message, *args)
