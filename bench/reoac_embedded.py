@@ -31,7 +31,7 @@ from reoac_jax.pretrain import canvas_of
 from reoac_jax.prompts import make_canvas
 from reoac_jax.rollout import RolloutSettings
 from reoac_jax.samplers import confidence_decode
-from reoac_jax.train import DONE, fresh_state, grader_for, train
+from reoac_jax.train import fresh_state, grader_for, train
 
 FIXED = ("O_NUM", "O_OP", "O_SCOPE", "O_FAST")  # O_BRANCH is void in plus
 THRESHOLDS = (0.5, 0.7, 0.9)
@@ -134,7 +134,7 @@ def untrained(config: Any, models: Models) -> Any:
 def trained(config: Any, models: Models, root: Path) -> Any:
     """Train (or continue, or reuse) a run and return its learner."""
     run = RunDir.create(root, "unused", str(root / f"{config.algo}_seed{config.seed}"))
-    if not (run.path / DONE).exists():
+    if not run.finished:
         with run.lock():
             train(config, run)
     return load_learner(config, models, run.path)[0]

@@ -135,7 +135,8 @@ class Checkpointer:
                 the first device.
             step: which step; None takes the newest that is readable and says on stderr if it had
                 to skip a damaged one.
-            partial: the target may lack leaves that were saved and may ask for other dtypes.
+            partial: the target may lack leaves that were saved and may ask for other dtypes;
+                settings that were saved but not given here are not compared.
 
         Returns:
             (state, host): the tree as jax arrays, and what was given to `save`.
@@ -211,7 +212,7 @@ class Checkpointer:
             )["host"],
             verified,
         )
-        self._compare_settings(step, document["settings"])
+        self._compare_settings(step, document["settings"], partial)
         _compare_leaves(directory, document["leaves"], _describe(target_state), partial)
         target = jax.tree.map(_abstract, target_state)
         arguments = ocp.args.PyTreeRestore(
@@ -225,10 +226,10 @@ class Checkpointer:
         )
         return state, document["host"]
 
-    def _compare_settings(self, step: int, saved: Mapping[str, Any]) -> None:
+    def _compare_settings(self, step: int, saved: Mapping[str, Any], partial: bool) -> None:
         if not self._settings:
             return
-        keys = sorted(set(saved) | set(self._settings))
+        keys = sorted(set(self._settings) if partial else set(saved) | set(self._settings))
         missing = object()
         changes = [
             f"{key}: saved {json.dumps(saved.get(key))}, now {json.dumps(self._settings.get(key))}"

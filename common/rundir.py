@@ -215,6 +215,15 @@ class RunDir:
         """One JSON object per iteration."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its end."""
+        return (self.path / "DONE").exists()
+
+    def finish(self) -> None:
+        """Marks the run as finished."""
+        (self.path / "DONE").touch()
+
     @classmethod
     def create(
         cls,
@@ -244,7 +253,7 @@ class RunDir:
                 run.path.mkdir(parents=True, exist_ok=True)
             else:
                 run = cls(_new_directory(Path(root), exp_name, now or datetime.datetime.now()))
-                _point_latest(run.path)
+                point_latest(run.path)
             for directory in (run.checkpoints, run.samples, run.viz):
                 directory.mkdir(exist_ok=True)
         except OSError as error:
@@ -313,7 +322,8 @@ def _new_directory(root: Path, exp_name: str, now: datetime.datetime) -> Path:
     raise UserError(f"{parent}: too many runs started in the same second")
 
 
-def _point_latest(path: Path) -> None:
+def point_latest(path: Path) -> None:
+    """Makes the link `latest` beside a run point to it."""
     temporary = path.parent / f".latest.{os.getpid()}.tmp"
     with contextlib.suppress(FileNotFoundError):
         temporary.unlink()

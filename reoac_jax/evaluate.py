@@ -76,6 +76,7 @@ def run_policy(
     batch_size: int,
     limit: int = 0,
     progress: str = "",
+    before_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Roll out every prompt once, in padded batches of one size (so nothing retraces).
 
@@ -84,6 +85,7 @@ def run_policy(
       key: the same key gives the same results; row ids are prompt numbers.
       limit: 0 = all.
       progress: text of the progress bar; "" = no bar.
+      before_batch: called before every batch; may raise to leave.
     """
     total = min(limit, len(prompts)) if limit else len(prompts)
     devices = mesh.shape[dist.DATA_AXIS]
@@ -113,6 +115,7 @@ def run_policy(
     )
     with bar:
         for start in range(0, total, size):
+            before_batch()
             index = np.minimum(np.arange(start, start + size), total - 1)
             canvas = make_canvas(prompts, index, index, mask_id, pad_id)
             episodes = rollout(params, agent, dist.shard_batch(mesh, canvas), key)

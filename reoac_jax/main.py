@@ -9,6 +9,9 @@ Exit status: 0 done, 2 bad usage or config, 3 stopped but resumable.
 """
 
 import sys
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
 
 from common import dist, flags, log
 from common.errors import UserError
@@ -55,28 +58,33 @@ def main(argv: list[str]) -> int:
         return 0
     if given.checkpoint:
         raise UserError("--checkpoint belongs to --mode=eval; to continue a run give its --workdir")
-    from reoac_jax.runs import find_or_create
+    from reoac_jax.runs import discard_empty, find_or_create
 
     run = find_or_create(config, given.workdir, given.mode)
     with run.lock():
-        flags.dump_config(config, run.config, given)
         log.info("run directory %s", run.path)
-        _start(config, run, given.mode)
+        try:
+            # Written once the run is sure to start: a refused command leaves a run as it was.
+            _start(given.mode, config, run, lambda: flags.dump_config(config, run.config, given))
+        except UserError:
+            if not given.workdir:
+                discard_empty(run)
+            raise
     return 0
 
 
-def _start(config: object, run: RunDir, mode: str) -> None:
+def _start(mode: str, config: ConfigDict, run: RunDir, on_start: Callable[[], None]) -> None:
     import jax
 
     log.info("jax %s on %s", jax.__version__, ", ".join(str(d) for d in jax.devices()))
     if mode == "pretrain":
         from reoac_jax.pretrain import pretrain
 
-        pretrain(config, run)
+        pretrain(config, run, on_start)
     else:
         from reoac_jax.train import train
 
-        train(config, run)
+        train(config, run, on_start)
 
 
 if __name__ == "__main__":

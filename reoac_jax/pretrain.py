@@ -226,8 +226,15 @@ def sampler_row(
     return correct, np.concatenate(forwards)
 
 
-def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
+def pretrain(
+    config: ConfigDict, run: RunDir, on_start: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Train, evaluate, export; resumes from the run's last checkpoint.
+
+    Args:
+      config: finalized tree.
+      run: run directory.
+      on_start: called when data and checkpoint are accepted, before anything is written.
 
     Returns:
       {"model": exported directory, "curve": accuracy of the plain samplers on held-out problems}.
@@ -298,6 +305,7 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
             state, _ = checkpoints.restore(state)
             step = int(state.step)
             log.info("resuming at update %d", step)
+        on_start()
         writer.truncate_after(step)
         timer = StepTimer()
 
@@ -382,6 +390,7 @@ def pretrain(config: ConfigDict, run: RunDir) -> dict[str, Any]:
             f"{row['accuracy']:11.1%}"
         )
     print(f"model written to {output}")
+    run.finish()
     return report
 
 

@@ -1,38 +1,60 @@
 """Which directory a command works in: the one named, the unfinished one, or a new one."""
 
 import json
+import shutil
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from common import log
-from common.rundir import RunDir
-
-DONE = "DONE"
+from common.rundir import RunDir, point_latest
 
 
 def find_or_create(config: ConfigDict, workdir: str, mode: str) -> RunDir:
     """The run directory of a training command.
 
-    With --workdir that directory. Without, the newest run of the experiment if it has the same
-    resolved config and is not finished, so that the same command continues; else a new one.
+    With --workdir that directory. Without, the newest run of the experiment with the same resolved
+    config if it is not finished, so that the same command continues; else a new one.
     """
     root, name = config.logging.output_dir, config.logging.exp_name
     if mode == "pretrain" and not name.endswith("pretrain"):
         name = f"{name}_pretrain"
     if workdir:
         return RunDir.create(root, name, workdir)
-    latest = Path(root).expanduser() / name / "latest"
-    if config.checkpoint.resume and latest.is_dir() and not (latest / DONE).exists():
-        saved = latest / "config_resolved.json"
-        try:
-            same = json.loads(saved.read_text())["config"] == json.loads(
-                config.to_json_best_effort()
-            )
-        except (OSError, ValueError, KeyError):
-            same = False
-        if same:
-            path = latest.resolve()
-            log.info("continuing the unfinished run %s", path)
-            return RunDir.create(root, name, str(path))
+    if config.checkpoint.resume:
+        same = [path for path in _runs(Path(root).expanduser() / name) if _has_config(path, config)]
+        if same and not RunDir(same[-1]).finished:
+            log.info("continuing the unfinished run %s", same[-1])
+            run = RunDir.create(root, name, same[-1])
+            point_latest(run.path)
+            return run
     return RunDir.create(root, name)
+
+
+def discard_empty(run: RunDir) -> None:
+    """Remove a directory whose run never started, and point `latest` at the newest one left."""
+    if run.config.exists():
+        return
+    shutil.rmtree(run.path, ignore_errors=True)
+    left = _runs(run.path.parent)
+    if left:
+        point_latest(left[-1])
+    else:
+        (run.path.parent / "latest").unlink(missing_ok=True)
+
+
+def _runs(parent: Path) -> list[Path]:
+    """Directories of an experiment's runs, oldest first."""
+    if not parent.is_dir():
+        return []
+    found = (p.resolve() for p in parent.iterdir() if p.is_dir() and not p.is_symlink())
+    # The name is the start time; runs of one second are numbered -2, -3, ...
+    return sorted(found, key=lambda p: (p.name[:15], len(p.name), p.name))
+
+
+def _has_config(path: Path, config: ConfigDict) -> bool:
+    try:
+        saved = json.loads(RunDir(path).config.read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return saved == json.loads(config.to_json_best_effort())

@@ -1,7 +1,9 @@
 """--mode=train: roll out, grade, update, log, save; one function read from top to bottom."""
 
 import dataclasses
+import json
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +30,6 @@ from reoac_jax.models import Models, load_models
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Graded, Grader, PendingGrades
 from reoac_jax.rollout import RolloutSettings, feature_size
-from reoac_jax.runs import DONE
 from reoac_jax.types import OPERATORS
 
 # A checkpoint can only continue a run that agrees in these.
@@ -195,12 +196,15 @@ def write_samples(
         )
 
 
-def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
+def train(
+    config: ConfigDict, run: RunDir, on_start: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Train the operator policy (and the backbone, unless frozen) and evaluate it.
 
     Args:
       config: finalized tree.
       run: run directory; a checkpoint in it is continued.
+      on_start: called when data, weights and checkpoint are accepted, before anything is written.
 
     Returns:
       the final evaluation's summary.
@@ -244,17 +248,15 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
         "max_steps": config.rollout.max_steps,
         "max_cost": max_cost,
     }
-    atomic_write_json(
-        run.path / "backbone.json",
-        {
-            "family": models.backbone.family,
-            "score_mode": models.backbone.score_mode,
-            "vocab_size": models.backbone.vocab_size,
-            "parameters": sum(np.size(x) for x in jax.tree.leaves(models.params)),
-            "digest": weights_digest(models.params),
-            "provenance": models.provenance,
-        },
-    )
+    wanted = checkpoint_settings(config, models)
+    facts = {
+        "family": models.backbone.family,
+        "score_mode": models.backbone.score_mode,
+        "vocab_size": models.backbone.vocab_size,
+        "parameters": sum(np.size(x) for x in jax.tree.leaves(models.params)),
+        "digest": wanted["backbone.digest"],
+        "provenance": models.provenance,
+    }
 
     with (
         StopRequest() as stop,
@@ -262,14 +264,16 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
             run.checkpoints,
             keep=config.checkpoint.keep,
             best="max",
-            settings=checkpoint_settings(config, models),
+            settings=wanted,
         ) as checkpoints,
         MetricWriter(run.path, dist.is_main(), config.logging.tensorboard) as writer,
         grader_for(config, models, evaluation=False) as grader,
         grader_for(config, models, evaluation=True) as eval_grader,
     ):
 
-        def evaluate_now(title: str) -> dict[str, Any]:
+        def evaluate_now(title: str, saved: str = "") -> dict[str, Any]:
+            # With everything saved there is no need to finish before stopping.
+            leave = (lambda: stop.check(saved)) if saved else (lambda: None)
             result = run_policy(
                 greedy,
                 state.backbone,
@@ -282,6 +286,7 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
                 pad_id=models.backbone.pad_id,
                 batch_size=config.eval.batch_size,
                 progress=title,
+                before_batch=leave,
             )
             numbers = summary(result, **numbers_of)
             write_report(
@@ -306,10 +311,12 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
             if example is not None:
                 buffer = replay.from_state(jax.device_get(saved["buffer"]))
             log.info("resuming at iteration %d", iteration)
+        on_start()
+        atomic_write_json(run.path / "backbone.json", facts)
         writer.truncate_after(iteration)
         before = None
         if iteration == 0:
-            before = evaluate_now("evaluate untrained")
+            before = evaluate_now("evaluate untrained", "iteration 0")
             atomic_write_json(run.path / "eval_untrained.json", before)
 
         timer = StepTimer()
@@ -397,17 +404,15 @@ def train(config: ConfigDict, run: RunDir) -> dict[str, Any]:
                         metric=row["return"],
                     )
                     stop.check(f"iteration {iteration}")
-        after = evaluate_now("evaluate")
+        after = evaluate_now("evaluate", f"iteration {iteration}")
     if before is None and (run.path / "eval_untrained.json").is_file():
-        import json
-
         before = json.loads((run.path / "eval_untrained.json").read_text())
     table = [("untrained policy", before)] if before else []
     print("\n" + format_table([*table, ("trained policy", after)]))
     usage = ", ".join(f"{name} {share:.0%}" for name, share in after["operators"].items())
     print(f"operators used: {usage}")
     print(f"{after['n']} problems; files in {run.path}")
-    (run.path / DONE).touch()
+    run.finish()
     return after
 
 
