@@ -78,7 +78,6 @@ def get_default_config() -> ConfigDict:
     c.backbone.sigma_min = 0.0
     c.backbone.renoise = False  # re-mask decoded tokens at random before scoring, as the original
     c.backbone.hidden_size = 32  # "simple" only
-    c.backbone.vocab_size = 128  # "simple" only
 
     c.relation = ConfigDict()
     c.relation.temperature = 1.0
@@ -189,7 +188,6 @@ def get_default_config() -> ConfigDict:
     c.model.num_kv_heads = 4
     c.model.head_dim = 32
     c.model.rope_theta = 100.0  # short sequences need no low frequencies
-    c.model.vocab_size = 768  # of the tokenizer trained on the corpus
     c.model.share_kv = False
 
     c.pretrain = ConfigDict()

@@ -92,6 +92,8 @@ class LearnerSettings:
     actor_steps: int
     backbone_steps: int
     weights: tuple[float, float, float]
+    actor_dropout: float
+    critic_dropout: float
     optim: tuple[tuple[str, float], ...]
 
     @classmethod
@@ -122,6 +124,8 @@ class LearnerSettings:
             critic_steps=update.critic_steps,
             actor_steps=update.actor_steps,
             backbone_steps=update.backbone_steps,
+            actor_dropout=config.actor.dropout,
+            critic_dropout=config.critic.dropout,
             weights=(loss.critic_weight, loss.actor_weight, loss.backbone_weight),
             optim=tuple(sorted(config.optim.items())),
         )
@@ -218,13 +222,15 @@ def make_update_plus(
         size = min(settings.minibatch, total)
         num_batches = total // size
 
-        def minibatch(carry: Any, index: jax.Array) -> tuple[Any, Metrics]:
+        def minibatch(carry: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Metrics]:
             actor, critic, actor_opt, critic_opt = carry
+            index, drop_key = inputs
+            actor_key, critic_key = jax.random.split(drop_key)
             x, valid, operator, old, adv, ret, live = jax.tree.map(lambda a: a[index], flat)
 
             def actor_loss(p: Params) -> tuple[jax.Array, Metrics]:
                 return losses.ppo_loss(
-                    heads_apply(p, x),
+                    heads_apply(p, x, dropout=settings.actor_dropout, key=actor_key),
                     valid,
                     operator,
                     old,
@@ -235,7 +241,8 @@ def make_update_plus(
                 )
 
             def critic_loss(p: Params) -> tuple[jax.Array, Metrics]:
-                return losses.huber_critic_loss(heads_apply(p, x), operator, ret, live)
+                q = heads_apply(p, x, dropout=settings.critic_dropout, key=critic_key)
+                return losses.huber_critic_loss(q, operator, ret, live)
 
             (_, actor_metrics), grads = jax.value_and_grad(actor_loss, has_aux=True)(actor)
             grads = jax.tree.map(lambda g: g * settings.weights[1], grads)
@@ -248,8 +255,10 @@ def make_update_plus(
             return (actor, critic, actor_opt, critic_opt), actor_metrics | critic_metrics
 
         def epoch(carry: Any, epoch_key: jax.Array) -> tuple[Any, Metrics]:
-            order = jax.random.permutation(epoch_key, total)[: num_batches * size]
-            return jax.lax.scan(minibatch, carry, order.reshape(num_batches, size))
+            order_key, drop_key = jax.random.split(epoch_key)
+            order = jax.random.permutation(order_key, total)[: num_batches * size]
+            inputs = (order.reshape(num_batches, size), jax.random.split(drop_key, num_batches))
+            return jax.lax.scan(minibatch, carry, inputs)
 
         carry = (state.actor, state.critic, state.actor_opt, state.critic_opt)
         carry, history = jax.lax.scan(epoch, carry, jax.random.split(shuffle_key, settings.epochs))

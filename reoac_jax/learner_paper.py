@@ -62,32 +62,44 @@ def make_update_paper(
         operator = buffer.operator.reshape(-1)
         returns = jnp.repeat(buffer.returns, horizon)
 
-        def critic_loss(p: Params) -> losses.Loss:
-            return losses.critic_loss(p, features, operator, returns, live)
+        # Drawn only when dropout is on; the iteration makes a resumed run draw the same.
+        drop_key = jax.random.fold_in(jax.random.key(0), state.iteration)
+        critic_keys = jax.random.split(jax.random.fold_in(drop_key, 0), settings.critic_steps)
+        actor_keys = jax.random.split(jax.random.fold_in(drop_key, 1), settings.actor_steps)
 
-        def critic_step(carry: Any, _: None) -> tuple[Any, None]:
+        def critic_loss(p: Params, key: jax.Array | None = None) -> losses.Loss:
+            rate = settings.critic_dropout
+            return losses.critic_loss(p, features, operator, returns, live, dropout=rate, key=key)
+
+        def critic_step(carry: Any, key: jax.Array) -> tuple[Any, None]:
             params, opt = carry
-            grads, _ = jax.grad(critic_loss, has_aux=True)(params)
+            grads, _ = jax.grad(critic_loss, has_aux=True)(params, key)
             updates, opt = critic_tx.update(grads, opt, params)
             return (optax.apply_updates(params, updates), opt), None
 
         (critic, critic_opt), _ = jax.lax.scan(
-            critic_step, (state.critic, state.critic_opt), None, length=settings.critic_steps
+            critic_step, (state.critic, state.critic_opt), critic_keys
         )
         q = heads_apply(critic, features)
 
-        def actor_loss(p: Params) -> losses.Loss:
-            return losses.actor_loss(p, q, features, settings.actor_temperature, live)
+        def actor_loss(p: Params, key: jax.Array | None = None) -> losses.Loss:
+            return losses.actor_loss(
+                p,
+                q,
+                features,
+                settings.actor_temperature,
+                live,
+                dropout=settings.actor_dropout,
+                key=key,
+            )
 
-        def actor_step(carry: Any, _: None) -> tuple[Any, None]:
+        def actor_step(carry: Any, key: jax.Array) -> tuple[Any, None]:
             params, opt = carry
-            grads, _ = jax.grad(actor_loss, has_aux=True)(params)
+            grads, _ = jax.grad(actor_loss, has_aux=True)(params, key)
             updates, opt = actor_tx.update(grads, opt, params)
             return (optax.apply_updates(params, updates), opt), None
 
-        (actor, actor_opt), _ = jax.lax.scan(
-            actor_step, (state.actor, state.actor_opt), None, length=settings.actor_steps
-        )
+        (actor, actor_opt), _ = jax.lax.scan(actor_step, (state.actor, state.actor_opt), actor_keys)
         metrics = critic_loss(critic)[1] | actor_loss(actor)[1]
 
         params, backbone_opt = state.backbone, state.backbone_opt

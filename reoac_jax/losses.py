@@ -40,6 +40,9 @@ def critic_loss(
     operators: jax.Array,
     returns: jax.Array,
     step_mask: jax.Array | None = None,
+    *,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
 ) -> Loss:
     """mean_s (Q(x_s)[a_s] - g_s)^2 (critic loss, spec 6).
 
@@ -49,11 +52,13 @@ def critic_loss(
         operators: [N] i32, executed operators.
         returns: [N] f32.
         step_mask: [N] bool, steps that count; None = all.
+        dropout: rate in the head's hidden layer, with a key.
+        key: typed random key of the dropout; None = no dropout.
 
     Returns:
         The loss and its metrics.
     """
-    q = heads_apply(critic, lax.stop_gradient(features))
+    q = heads_apply(critic, lax.stop_gradient(features), dropout=dropout, key=key)
     taken = jnp.take_along_axis(q, operators[:, None], axis=1)[:, 0]
     loss = masked_mean(jnp.square(taken - lax.stop_gradient(returns)), step_mask)
     return loss, {"critic/loss": loss, "critic/q_mean": masked_mean(taken, step_mask)}
@@ -65,6 +70,9 @@ def actor_loss(
     features: jax.Array,
     temperature: float = 1.0,
     step_mask: jax.Array | None = None,
+    *,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
 ) -> Loss:
     """-mean_s sum_a softmax(Q_s / T)_a log pi(a | x_s), targets constant (actor loss, spec 6).
 
@@ -74,12 +82,15 @@ def actor_loss(
         features: [N, F] f32.
         temperature: T, at least 1e-6.
         step_mask: [N] bool, steps that count; None = all.
+        dropout: rate in the head's hidden layer, with a key.
+        key: typed random key of the dropout; None = no dropout.
 
     Returns:
         The loss and its metrics.
     """
     target = lax.stop_gradient(jax.nn.softmax(q / max(temperature, 1e-6), axis=1))
-    log_pi = jax.nn.log_softmax(heads_apply(actor, lax.stop_gradient(features)), axis=1)
+    logits = heads_apply(actor, lax.stop_gradient(features), dropout=dropout, key=key)
+    log_pi = jax.nn.log_softmax(logits, axis=1)
     loss = masked_mean(-jnp.sum(target * log_pi, axis=1), step_mask)
     entropy = masked_mean(-jnp.sum(jnp.exp(log_pi) * log_pi, axis=1), step_mask)
     return loss, {"actor/loss": loss, "actor/entropy": entropy}

@@ -169,6 +169,8 @@ def write_samples(
     prompts: PromptSet,
     rows: np.ndarray,
     count: int,
+    branch_steps: tuple[int, ...] = (),
+    branch_k: int = 0,
 ) -> None:
     """samples/iter{i}_step{j}.json of the first episodes; features are those of the last step."""
     count = min(count, len(rows))
@@ -192,8 +194,23 @@ def write_samples(
                 "operator_id": OPERATORS[int(part.steps.operator[j, last])],
                 "feature_vector": part.steps.features[j, last].round(6).tolist(),
                 "relation": relation,
+                "branch_candidates": _branch_candidates(part, j, branch_steps, branch_k),
             },
         )
+
+
+def _branch_candidates(
+    episodes: Episodes, row: int, branch_steps: tuple[int, ...], branch_k: int
+) -> list[dict[str, Any]]:
+    """The top operators by Q at the steps named, and wherever O_BRANCH ran (a log field)."""
+    found = []
+    for t in range(int(episodes.num_steps[row])):
+        branched = OPERATORS[int(episodes.steps.operator[row, t])] == "O_BRANCH"
+        if t in branch_steps or branched:
+            q = episodes.steps.q[row, t]
+            best = np.argsort(-q, kind="stable")[:branch_k]
+            found.append({"step": t, "candidates": [[OPERATORS[a], float(q[a])] for a in best]})
+    return found
 
 
 def train(
@@ -346,7 +363,15 @@ def train(
                     )
                 if iteration % config.logging.sample_interval == 0 and dist.is_main():
                     write_samples(
-                        run, iteration, episodes, graded, prompts, rows, config.logging.num_samples
+                        run,
+                        iteration,
+                        episodes,
+                        graded,
+                        prompts,
+                        rows,
+                        config.logging.num_samples,
+                        tuple(config.rollout.branch_steps),
+                        config.rollout.branch_k,
                     )
                 with timer.part("update"):
                     if plus:
