@@ -1,0 +1,414 @@
+"""The plus rollout against a loop in plain Python, one row at a time; independence of rows."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bench import plain_python_reoac as plain
+from reoac_jax.backbone.base import Canvas
+from reoac_jax.episodes import Episodes
+from reoac_jax.losses import mask_logits
+from reoac_jax.rollout import Agent, RolloutSettings, before_eos, rollout_plus
+from reoac_jax.rollout_paper import rollout_paper
+from reoac_jax.types import OPERATORS
+from tests.reoac_jax.toy_setting import (
+    GEN,
+    SPECIAL,
+    STRINGS,
+    toy_agent,
+    toy_backbone,
+    toy_canvas,
+    toy_params,
+    toy_settings,
+    toy_tables,
+)
+
+VOCABULARY = plain.PlainVocabulary(STRINGS, SPECIAL.eos_id, frozenset(SPECIAL))
+BACKBONE = toy_backbone()
+ROWS = [0, 1, 2, 3, 4, 5]
+KEY = 7
+CASES: dict[str, dict[str, Any]] = {
+    "argmax": {"selection_mode": "argmax"},
+    "repairs": {
+        "selection_mode": "random",
+        "patience": 1,
+        "stop_at_eos": False,
+        "remask_ratio": 0.3,
+        "max_steps": 8,
+    },
+    "no exit": {"selection_mode": "fixed:O_NUM", "early_exit": False, "relation_temperature": 0.1},
+    "fast": {"selection_mode": "fixed:O_FAST", "patience": 2, "max_steps": 9, "use_hidden": False},
+}
+
+
+# ------------------------------------------------------------------------- plain Python
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def plain_head(params: Any, x: np.ndarray) -> np.ndarray:
+    hidden = np.maximum(x @ params["dense_0"]["kernel"] + params["dense_0"]["bias"], 0.0)
+    return hidden @ params["dense_1"]["kernel"] + params["dense_1"]["bias"]
+
+
+def plain_scores(params: Any, prompt: list[int], gen: list[int], t: float) -> tuple:
+    """Probabilities [G, V] and the mean states of prompt and canvas."""
+    tokens = prompt + gen
+    embedded = params["embed"][tokens]
+    place = params["position"][: len(tokens)]
+    states = np.tanh(embedded + place + embedded.mean(axis=0) + t * params["time"])
+    logits = states[len(prompt) :] @ params["kernel"] + params["bias"]
+    logits[:, SPECIAL.mask_id] = -np.inf
+    return softmax(logits), states[: len(prompt)].mean(axis=0), states[len(prompt) :].mean(axis=0)
+
+
+def layer_norm(x: np.ndarray) -> np.ndarray:
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+
+
+def first_part(gen: list[int]) -> int:
+    """Number of positions up to and including the first eos."""
+    return gen.index(SPECIAL.eos_id) + 1 if SPECIAL.eos_id in gen else len(gen)
+
+
+def plain_sets(
+    settings: RolloutSettings, gen: list[int], needed: int, probs: np.ndarray, step: int
+) -> tuple[list[list[int]], bool]:
+    """Positions that each operator would touch, and whether it would write them."""
+    masked = [j for j in range(needed) if gen[j] == SPECIAL.mask_id]
+    sure = {j: float(probs[j].max()) for j in range(len(gen))}
+    candidates = masked or list(range(needed))
+    predicted = [
+        int(p.argmax()) if g == SPECIAL.mask_id else g for g, p in zip(gen, probs, strict=True)
+    ]
+    by_class = {}
+    for name, rule in (
+        ("O_NUM", lambda s: any(c.isdigit() for c in s)),
+        ("O_OP", plain.has_operator),
+    ):
+        member = [rule(s) and i != SPECIAL.mask_id for i, s in enumerate(STRINGS)]
+        mass = probs[:, [i for i, s in enumerate(STRINGS) if rule(s)]].sum(axis=1)
+        by_class[name] = [j for j in candidates if member[predicted[j]] or mass[j] >= 0.5]
+    due = math.ceil(len(masked) / (settings.max_steps - step))
+    found = []
+    for spec in settings.operators.specs:
+        best_first = sorted(candidates, key=lambda j: (-sure[j], j))
+        if spec.name in by_class:
+            chosen = by_class[spec.name]
+        elif spec.name == "O_SCOPE":
+            chosen = candidates[: spec.scope_len]
+        elif spec.name == "O_FAST":
+            chosen = best_first[: spec.scope_len]
+        else:
+            chosen = []
+        inside = [j for j in best_first if j in chosen]
+        if masked:
+            found.append(inside[: math.ceil(due * spec.step_scale - 1e-4)])
+        else:
+            again = math.ceil(len(inside) * settings.remask_ratio - 1e-4)
+            found.append(inside[len(inside) - again :])
+    return found, bool(masked)
+
+
+def plain_choice(
+    mode: str, logits: np.ndarray, sets: list[list[int]], key: jax.Array
+) -> tuple[int, float]:
+    """The operator and the logarithm of its probability among the valid ones."""
+    valid = [bool(s) for s in sets]
+    if mode == "random":
+        logits = np.zeros(5)
+    shares = softmax(np.where(valid, logits, -np.inf) if any(valid) else logits)
+    choice = int(shares.argmax())
+    if mode == "random":
+        flat = mask_logits(jnp.zeros((1, 5)), jnp.asarray([valid]))
+        choice = int(jax.random.categorical(key, flat[0]))
+    elif mode != "argmax":
+        wanted = OPERATORS.index(mode.removeprefix("fixed:"))
+        ordered = [wanted, OPERATORS.index("O_SCOPE"), *range(5)]
+        choice = next((c for c in ordered if valid[c]), 0)
+    return choice, math.log(shares[choice])
+
+
+def plain_episode(
+    settings: RolloutSettings, params: Any, agent: Any, canvas: Canvas, index: int
+) -> list[dict[str, Any]]:
+    """Every decision of one row."""
+    length = int(canvas.prompt_len[index])
+    prompt = [int(i) for i in canvas.tokens[index, :length]]
+    key_mask = [bool(k) for k in canvas.key_mask[index, :length]]
+    gen = [SPECIAL.mask_id] * settings.gen_len
+    shown: list[int] | None = None
+    changed, stable, reference = 0, -1, list(gen)
+    decisions = []
+    for step in range(settings.max_steps):
+        needed = first_part(gen) if settings.stop_at_eos else len(gen)
+        masked = [j for j in range(needed) if gen[j] == SPECIAL.mask_id]
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(KEY), step), canvas.row_id[index]
+        )
+        probs, prompt_state, canvas_state = plain_scores(
+            params, prompt, gen, len(masked) / len(gen)
+        )
+        entropy = [-sum(p * math.log(p) for p in row if p > 0) for row in probs.tolist()]
+        features = plain.features(
+            prompt,
+            key_mask,
+            gen,
+            VOCABULARY,
+            [e / math.log(len(STRINGS)) for e in entropy],
+            shown,
+            temperature=settings.relation_temperature,
+        )
+        for place in (3, 4):
+            features[place] /= math.log(max(length, 2))
+        sure = float(np.mean([probs[j].max() for j in masked])) if masked else 0.0
+        features += [step / settings.max_steps, len(masked) / len(gen), sure, changed / len(gen)]
+        x = np.asarray(features)
+        if settings.use_hidden:
+            x = np.concatenate([x, layer_norm(canvas_state), layer_norm(prompt_state)])
+        sets, writing = plain_sets(settings, gen, needed, probs, step)
+        operator, log_prob = plain_choice(
+            settings.selection_mode, plain_head(agent.actor, x), sets, jax.random.split(key, 2)[1]
+        )
+        last = step == settings.max_steps - 1
+        touched = masked if last else sets[operator]
+        after = list(gen)
+        for j in touched:
+            after[j] = int(probs[j].argmax()) if writing else SPECIAL.mask_id
+        decisions.append(
+            {
+                "features": x,
+                "operator": operator,
+                "log_prob": log_prob,
+                "valid": [bool(s) for s in sets],
+                "written": [writing and j in touched for j in range(len(gen))],
+                "gen_before": gen,
+                "after": after,
+                "cost": settings.operators.specs[operator].cost,
+                "q": plain_head(agent.critic, x),
+            }
+        )
+        changed = sum(a != b for a, b in zip(gen, after, strict=True))
+        shown, gen = gen, after
+        open_part = gen[: first_part(gen)] if settings.stop_at_eos else gen
+        if SPECIAL.mask_id not in open_part:
+            stable = stable + 1 if gen == reference else 0
+            reference = list(gen)
+            if settings.early_exit and stable >= settings.patience:
+                break
+    return decisions
+
+
+# ------------------------------------------------------------------------------- the tests
+def double(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def run(
+    settings: RolloutSettings,
+    canvas: Canvas,
+    agent: Agent,
+    params: Any,
+    rollout: Any = rollout_plus,
+) -> Episodes:
+    compiled = jax.jit(functools.partial(rollout, BACKBONE, settings))
+    return jax.device_get(compiled(toy_tables(), params, agent, canvas, jax.random.key(KEY)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plain_python_agrees(name: str) -> None:
+    settings = toy_settings(**CASES[name])
+    agent = toy_agent(settings, BACKBONE, "plus")
+    params = toy_params(BACKBONE, eos_bias=2.0)
+    canvas = toy_canvas(ROWS)
+    episodes = run(settings, canvas, agent, params)
+    plain_agent = Agent(double(agent.actor), double(agent.critic), agent.stats)
+    steps = episodes.steps
+    for row in range(len(ROWS)):
+        wanted = plain_episode(settings, double(params), plain_agent, canvas, row)
+        count = len(wanted)
+        assert int(episodes.num_steps[row]) == count
+        assert steps.active[row].tolist() == [t < count for t in range(settings.max_steps)]
+        for t, decision in enumerate(wanted):
+            for field in ("operator", "valid", "written", "gen_before"):
+                np.testing.assert_array_equal(
+                    getattr(steps, field)[row, t], decision[field], err_msg=f"{field} {row} {t}"
+                )
+            assert steps.chosen[row, t] == decision["operator"]
+            np.testing.assert_allclose(steps.features[row, t], decision["features"], atol=3e-5)
+            np.testing.assert_allclose(steps.q[row, t], decision["q"], atol=1e-4)
+            np.testing.assert_allclose(steps.log_prob[row, t], decision["log_prob"], 1e-4, 1e-4)
+            assert steps.cost[row, t] == pytest.approx(decision["cost"])
+        assert episodes.final_ids[row].tolist() == wanted[-1]["after"]
+        assert episodes.cost[row] == pytest.approx(sum(d["cost"] for d in wanted), rel=1e-6)
+    lengths = set(episodes.num_steps.tolist())
+    assert settings.early_exit or lengths == {settings.max_steps}
+    if settings.patience:
+        undone = (steps.gen_before[:, :-1] != SPECIAL.mask_id) & (
+            steps.gen_before[:, 1:] == SPECIAL.mask_id
+        )
+        assert (undone.any(axis=2) & steps.active[:, 1:]).any(), "no repair was made"
+        assert len(lengths) > 1
+
+
+@pytest.fixture(scope="module")
+def sampled() -> dict[str, Any]:
+    """Everything drawn at random, with repairs; compiled once."""
+    settings = toy_settings(
+        sample_strategy="sample", patience=1, max_steps=7, temperature=0.8, save_relation=True
+    )
+    compiled = jax.jit(functools.partial(rollout_plus, BACKBONE, settings))
+    tables, agent = toy_tables(), toy_agent(settings, BACKBONE, "plus")
+    params = toy_params(BACKBONE, eos_bias=1.0)
+
+    def roll(canvas: Canvas, key: int = KEY) -> Episodes:
+        return jax.device_get(compiled(tables, params, agent, canvas, jax.random.key(key)))
+
+    return {"settings": settings, "roll": roll, "whole": roll(toy_canvas(ROWS)), "jit": compiled}
+
+
+def assert_same_row(left: Episodes, i: int, right: Episodes, j: int) -> None:
+    """Row i of left equals row j of right, records of finished steps included."""
+    for name in ("final_ids", "num_steps", "cost", "relation"):
+        one, other = getattr(left, name)[i], getattr(right, name)[j]
+        np.testing.assert_allclose(one, other, 1e-5, 1e-5, err_msg=name)
+    for name, value in vars(left.steps).items():
+        other = getattr(right.steps, name)[j]
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(value[i], other, 1e-4, 2e-5, err_msg=name)
+        else:
+            np.testing.assert_array_equal(value[i], other, err_msg=name)
+
+
+def test_rows_do_not_depend_on_neighbours_nor_on_padding(sampled: dict[str, Any]) -> None:
+    other = sampled["roll"](toy_canvas([11, 3, 25, 1, 5, 14], padding=3))
+    for i, j in ((3, 1), (1, 3), (5, 4)):
+        assert_same_row(sampled["whole"], i, other, j)
+
+
+def test_rows_do_not_depend_on_the_batch_size(sampled: dict[str, Any]) -> None:
+    for row in (0, 4):
+        assert_same_row(sampled["whole"], row, sampled["roll"](toy_canvas([row])), 0)
+
+
+def test_keys_matter_and_repeat(sampled: dict[str, Any]) -> None:
+    again, other = sampled["roll"](toy_canvas(ROWS)), sampled["roll"](toy_canvas(ROWS), 8)
+    jax.tree.map(np.testing.assert_array_equal, sampled["whole"], again)
+    assert (sampled["whole"].final_ids != other.final_ids).any()
+    twins = sampled["roll"](toy_canvas([2] * 6))
+    assert (twins.final_ids == twins.final_ids[0]).all()
+
+
+def test_no_second_compilation(sampled: dict[str, Any]) -> None:
+    sampled["roll"](toy_canvas(ROWS), 1)
+    before = sampled["jit"]._cache_size()
+    sampled["roll"](toy_canvas([9, 8, 7, 6, 5, 4]), 2)
+    assert sampled["jit"]._cache_size() == before
+
+
+def test_records_fit_together(sampled: dict[str, Any]) -> None:
+    episodes: Episodes = sampled["whole"]
+    steps, settings = episodes.steps, sampled["settings"]
+    for row in range(len(ROWS)):
+        count = int(episodes.num_steps[row])
+        assert steps.active[row].tolist() == [t < count for t in range(settings.max_steps)]
+        ids = [*steps.gen_before[row, :count], episodes.final_ids[row]]
+        assert (ids[0] == SPECIAL.mask_id).all()
+        for t in range(count):
+            assert steps.valid[row, t, steps.operator[row, t]]
+            written, before, after = steps.written[row, t], ids[t], ids[t + 1]
+            assert (before[written] == SPECIAL.mask_id).all()
+            assert (after[written] != SPECIAL.mask_id).all()
+            undone = (after != before) & ~written
+            assert (after[undone] == SPECIAL.mask_id).all()
+        final = ids[-1]
+        open_part = np.asarray(before_eos(jnp.asarray(final)[None], SPECIAL.eos_id))[0]
+        assert (final[open_part] != SPECIAL.mask_id).all()
+        # Records behind the end are blank.
+        assert not steps.features[row, count:].any() and not steps.written[row, count:].any()
+        assert (steps.gen_before[row, count:] == SPECIAL.mask_id).all()
+        assert episodes.relation is not None
+        length = int(episodes.canvas.prompt_len[row])
+        assert not episodes.relation[row, length:].any()
+        assert (steps.log_prob[row, :count] <= 0).all() and not steps.log_prob[row, count:].any()
+
+
+def test_last_step_completes_what_a_slow_policy_left() -> None:
+    """O_NUM void, positions due pushed to the end: one step is left, everything is written."""
+    settings = toy_settings(max_steps=1, stop_at_eos=False, selection_mode="fixed:O_OP")
+    agent = toy_agent(settings, BACKBONE, "plus")
+    episodes = run(settings, toy_canvas([0, 3]), agent, toy_params(BACKBONE))
+    assert (episodes.final_ids != SPECIAL.mask_id).all()
+    assert episodes.steps.written.all() and episodes.num_steps.tolist() == [1, 1]
+
+
+def test_before_eos() -> None:
+    ids = jnp.asarray([[1, 27, 2, 27], [27, 29, 29, 29], [1, 2, 3, 4]])
+    expected = [[True, True, False, False], [True, False, False, False], [True] * 4]
+    assert before_eos(ids, 27).tolist() == expected
+
+
+# --------------------------------------------------------------------------- paper rollout
+@pytest.fixture(scope="module")
+def paper() -> dict[str, Any]:
+    settings = toy_settings(
+        max_steps=3, sample_strategy="sample", num_sigma_steps=3, fallback_operator="O_FAST"
+    )
+    compiled = jax.jit(functools.partial(rollout_paper, BACKBONE, settings))
+    tables, agent = toy_tables(), toy_agent(settings, BACKBONE, "paper")
+    params = toy_params(BACKBONE)
+
+    def roll(canvas: Canvas) -> Episodes:
+        return jax.device_get(compiled(tables, params, agent, canvas, jax.random.key(KEY)))
+
+    return {"settings": settings, "roll": roll, "whole": roll(toy_canvas(ROWS)), "jit": compiled}
+
+
+def test_paper_always_runs_all_steps(paper: dict[str, Any]) -> None:
+    episodes: Episodes = paper["whole"]
+    steps = episodes.steps
+    assert (episodes.num_steps == 3).all() and steps.active.all() and episodes.relation is None
+    costs = np.asarray([spec.cost for spec in paper["settings"].operators.specs])
+    np.testing.assert_allclose(steps.cost, costs[steps.operator])
+    np.testing.assert_allclose(episodes.cost, steps.cost.sum(axis=1))
+    after = np.concatenate([steps.gen_before[:, 1:], episodes.final_ids[:, None]], axis=1)
+    assert (after[~steps.written] == steps.gen_before[~steps.written]).all()
+    limits = np.asarray([spec.limit for spec in paper["settings"].operators.specs])
+    assert (steps.written.sum(axis=2) <= limits[steps.operator]).all()
+    replaced = steps.operator != steps.chosen
+    assert (steps.operator[replaced] == OPERATORS.index("O_FAST")).all()
+
+
+def test_paper_rows_are_independent(paper: dict[str, Any]) -> None:
+    other = paper["roll"](toy_canvas([11, 3, 25, 1, 5, 14], padding=3))
+    before = paper["jit"]._cache_size()
+    alone = paper["roll"](toy_canvas([4]))
+    for i, right, j in ((3, other, 1), (5, other, 4), (4, alone, 0)):
+        for field in ("operator", "chosen", "written", "gen_before"):
+            left = getattr(paper["whole"].steps, field)[i]
+            np.testing.assert_array_equal(left, getattr(right.steps, field)[j])
+        np.testing.assert_allclose(
+            paper["whole"].steps.features[i], right.steps.features[j], 1e-4, 2e-5
+        )
+    assert paper["jit"]._cache_size() == before + 1  # the other batch size only
+
+
+def test_settings_from_config_read_every_key() -> None:
+    from reoac_jax.defaults import get_default_config
+
+    config = get_default_config()
+    config.operators.O_NUM.k = 7
+    config.relation.canvas = "tentative"
+    config.rollout.gpu_critic = False
+    settings = RolloutSettings.from_config(config, selection_mode="argmax")
+    assert settings.operators.specs[0].max_tokens == 7 and settings.operators.ids == OPERATORS
+    assert settings.operators.specs[4].step_scale == 1.5
+    assert settings.tentative and settings.path == "host" and settings.selection_mode == "argmax"
+    assert hash(settings) == hash(RolloutSettings.from_config(config, selection_mode="argmax"))
+    assert settings.gen_len == config.rollout.gen_len != GEN
