@@ -1,0 +1,129 @@
+"""Around a rollout, on the host: batches of episodes, their grades, buffer rows, sample files."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from common import dist
+from common.rundir import RunDir, atomic_write_json
+from reoac_jax.episodes import Episodes
+from reoac_jax.learner import LearnerState
+from reoac_jax.learner_paper import PaperEpisode
+from reoac_jax.models import Models
+from reoac_jax.prompts import PromptSet, make_canvas
+from reoac_jax.rewards import Graded, Grader, PendingGrades
+from reoac_jax.types import OPERATORS
+
+
+def roll_out_and_grade(
+    rollout: Callable[..., Episodes],
+    state: LearnerState,
+    prompts: PromptSet,
+    rows: np.ndarray,
+    row_ids: np.ndarray,
+    batch_size: int,
+    models: Models,
+    mesh: Mesh,
+    grader: Grader,
+    key: jax.Array,
+) -> tuple[Episodes, Graded]:
+    """Episodes for prompts `rows`, in batches; each batch is graded while the next rolls out."""
+    finished: list[Episodes] = []
+    pending: list[PendingGrades] = []
+
+    def submit(episodes: Episodes, start: int) -> None:
+        ids = jax.device_get(episodes.final_ids)  # waits for this batch; the next one is queued
+        golds = [prompts.golds[i] for i in rows[start : start + len(ids)]]
+        pending.append(grader.submit(ids, golds))
+
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        canvas = make_canvas(
+            prompts, rows[part], row_ids[part], models.backbone.mask_id, models.backbone.pad_id
+        )
+        episodes = rollout(state.backbone, state.agent, dist.shard_batch(mesh, canvas), key)
+        if finished:
+            submit(finished[-1], start - batch_size)
+        finished.append(episodes)
+    submit(finished[-1], len(rows) - len(finished[-1].final_ids))
+    graded = [p.result() for p in pending]
+    joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *finished)
+    return joined, Graded(
+        texts=[text for g in graded for text in g.texts],
+        rewards=np.concatenate([g.rewards for g in graded]),
+        num_failed=sum(g.num_failed for g in graded),
+    )
+
+
+def paper_episodes(
+    episodes: Episodes, rewards: np.ndarray, prompts: PromptSet, rows: np.ndarray, lam: float
+) -> PaperEpisode:
+    """What the buffer keeps of a batch, on the host."""
+    host = jax.device_get(dataclasses.replace(episodes, relation=None))
+    return PaperEpisode(
+        features=host.steps.features,
+        operator=host.steps.operator,
+        gen_before=host.steps.gen_before,
+        written=host.steps.written,
+        canvas=host.canvas,
+        returns=(rewards - lam * host.cost).astype(np.float32),
+        target=prompts.absolute_target[rows],
+        target_len=prompts.absolute_len[rows],
+    )
+
+
+def write_samples(
+    run: RunDir,
+    iteration: int,
+    episodes: Episodes,
+    graded: Graded,
+    prompts: PromptSet,
+    rows: np.ndarray,
+    count: int,
+    branch_steps: tuple[int, ...] = (),
+    branch_k: int = 0,
+) -> None:
+    """samples/iter{i}_step{j}.json of the first episodes; features are those of the last step."""
+    count = min(count, len(rows))
+    part = jax.device_get(jax.tree.map(lambda x: x[:count], episodes))
+    for j in range(count):
+        last = max(int(part.num_steps[j]) - 1, 0)
+        relation = None
+        if part.relation is not None:
+            relation = part.relation[j, : int(part.canvas.prompt_len[j])].round(6).tolist()
+        ran = part.steps.operator[j][part.steps.active[j]]
+        atomic_write_json(
+            run.samples / f"iter{iteration}_step{j}.json",
+            {
+                "prompt": prompts.texts[rows[j]],
+                "gold": prompts.golds[rows[j]],
+                "final_text": graded.texts[j],
+                "reward": float(graded.rewards[j]),
+                "cost": float(part.cost[j]),
+                "steps": int(part.num_steps[j]),
+                "operators": [OPERATORS[a] for a in ran],
+                "operator_id": OPERATORS[int(part.steps.operator[j, last])],
+                "feature_vector": part.steps.features[j, last].round(6).tolist(),
+                "relation": relation,
+                "branch_candidates": _branch_candidates(part, j, branch_steps, branch_k),
+            },
+        )
+
+
+def _branch_candidates(
+    episodes: Episodes, row: int, branch_steps: tuple[int, ...], branch_k: int
+) -> list[dict[str, Any]]:
+    """The top operators by Q at the steps named, and wherever O_BRANCH ran (a log field)."""
+    found = []
+    for t in range(int(episodes.num_steps[row])):
+        branched = OPERATORS[int(episodes.steps.operator[row, t])] == "O_BRANCH"
+        if t in branch_steps or branched:
+            q = episodes.steps.q[row, t]
+            best = np.argsort(-q, kind="stable")[:branch_k]
+            found.append({"step": t, "candidates": [[OPERATORS[a], float(q[a])] for a in best]})
+    return found
