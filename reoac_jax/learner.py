@@ -20,6 +20,7 @@ from common.optim import make_optimizer
 from common.spmd import all_rows, own_slice, sum_over_devices
 from reoac_jax import losses
 from reoac_jax.backbone.base import Backbone, Canvas
+from reoac_jax.counted_loss import counted_loss
 from reoac_jax.episodes import Episodes
 from reoac_jax.masked_diffusion import noise_canvas
 from reoac_jax.networks import (
@@ -404,28 +405,37 @@ def _backbone_gradient(
     mine = jax.tree.map(own_slice, chosen)
     mine = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), mine)
 
-    def log_probs(p: Params, context: Any, part: Any, ids: jax.Array, gold: jax.Array) -> jax.Array:
+    def states(p: Params, context: Any, part: Any, ids: jax.Array) -> jax.Array:
         level = jnp.mean(ids == backbone.mask_id, axis=1)
-        hidden_state = backbone.score(p, context, part["canvas"], ids, level).hidden
-        return losses.token_log_probs(backbone.logits(p, hidden_state), gold)  # [micro, G]
+        return backbone.score(p, context, part["canvas"], ids, level).hidden
 
     def loss(p: Params, part: Any) -> tuple[jax.Array, Metrics]:
         # Sums over this micro-batch, divided by the counts of the whole update.
         context = backbone.begin(p, part["canvas"])
-        pg = sft = jnp.float32(0.0)
+        terms = []
         if settings.pg_weight:
-            log_prob = log_probs(p, context, part, part["before"], part["after"])
-            gain = part["advantage"][:, None]
-            pg = -jnp.sum(jnp.where(part["written"], log_prob, 0.0) * gain) / num_written
+            weight = jnp.where(part["written"], part["advantage"][:, None], 0.0) / num_written
+            hidden = states(p, context, part, part["before"])
+            terms.append(("backbone/pg", settings.pg_weight, hidden, part["after"], weight))
         if settings.sft_weight:
-            log_prob = log_probs(p, context, part, part["noised"], part["gold"])
-            sft = -jnp.sum(jnp.where(part["hidden"], log_prob, 0.0)) / num_hidden
-        total = settings.pg_weight * pg + settings.sft_weight * sft
-        return settings.weights[2] * total, {
-            "backbone/pg": pg,
-            "backbone/sft": sft,
-            "backbone/loss": total,
-        }
+            weight = part["hidden"].astype(jnp.float32) / num_hidden
+            hidden = states(p, context, part, part["noised"])
+            terms.append(("backbone/sft", settings.sft_weight, hidden, part["gold"], weight))
+        metrics = {"backbone/pg": jnp.float32(0.0), "backbone/sft": jnp.float32(0.0)}
+        if not terms:
+            return jnp.float32(0.0), metrics | {"backbone/loss": jnp.float32(0.0)}
+        total, nll = counted_loss(
+            backbone.logits,
+            backbone.head_params(p),
+            jnp.concatenate([hidden.reshape(-1, hidden.shape[-1]) for _, _, hidden, _, _ in terms]),
+            jnp.concatenate([ids.reshape(-1) for _, _, _, ids, _ in terms]),
+            jnp.concatenate([factor * weight.reshape(-1) for _, factor, _, _, weight in terms]),
+        )
+        for (name, _, _, _, weight), part_nll in zip(
+            terms, jnp.split(nll, len(terms)), strict=True
+        ):
+            metrics[name] = jnp.sum(weight.reshape(-1) * part_nll)
+        return settings.weights[2] * total, metrics | {"backbone/loss": total}
 
     def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part)

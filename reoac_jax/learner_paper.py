@@ -14,6 +14,7 @@ from common.lm.layers import Params
 from common.spmd import own_slice, sum_over_devices
 from reoac_jax import losses
 from reoac_jax.backbone.base import Backbone, Canvas
+from reoac_jax.counted_loss import counted_loss
 from reoac_jax.learner import LearnerSettings, LearnerState, Metrics
 from reoac_jax.networks import heads_apply
 from reoac_jax.rollout import RolloutSettings
@@ -140,64 +141,63 @@ def _backbone_gradient(
     buffer: PaperEpisode,
     count: jax.Array,
 ) -> tuple[Params, Metrics]:
-    """Gradient of the return-weighted copying loss over every stored step, in micro-batches."""
+    """Gradient of the return-weighted copying loss over every stored step, in micro-batches.
+
+    Steps without a position of weight (nothing written inside the target, an empty place of the
+    buffer, a return that counts as 0) have no gradient: they are sorted to the end and the loop
+    stops before them.
+    """
     capacity, horizon, gen_len = buffer.gen_before.shape
     micro = settings.backbone_batch
     devices = jax.lax.axis_size(DATA_AXIS)
     total = capacity * horizon
     rows = -(-total // (micro * devices)) * micro * devices
-    # The head runs on the positions a step may have written only; there are at most `width`.
-    width = min(gen_len, max(spec.limit for spec in rollout.operators.specs))
-    index = jnp.arange(rows)
-    episode, step = jnp.minimum(index, total - 1) // horizon, index % horizon
-    real = (index < total) & (episode < count)
-    written = buffer.written[episode, step]
-    # Written positions first, in order; the rest is padding that does not count.
-    column = jnp.argsort(~written, axis=1, stable=True)[:, :width]
-    chosen = {
-        "episode": episode,
-        "step": step,
-        "column": column,
-        "written": jnp.take_along_axis(written, column, axis=1) & real[:, None],
-    }
-    mine = jax.tree.map(own_slice, chosen)
-    mine = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), mine)
-    prompt_len = buffer.canvas.prompt_len[episode][:, None]
-    counted = chosen["written"] & (prompt_len + column < buffer.target_len[episode][:, None])
+    positions = buffer.canvas.prompt_len[:, None, None] + jnp.arange(gen_len)  # [capacity, 1, G]
+    counted = buffer.written & (positions < buffer.target_len[:, None, None])
+    counted &= (jnp.arange(capacity) < count)[:, None, None]
     pairs = jnp.maximum(counted.sum(), 1).astype(jnp.float32)
+    factor = losses.return_weights(
+        buffer.returns,
+        advantage_positive=settings.advantage_positive,
+        advantage_clip=settings.advantage_clip,
+    )  # [capacity]
+    zero_weight = jnp.sum(counted & (factor == 0)[:, None, None])
+    weight = jnp.where(counted, factor[:, None, None] / pairs, 0.0).reshape(total, gen_len)
+    useful = jnp.any(weight != 0, axis=1)
+    order = jnp.resize(jnp.argsort(~useful, stable=True), (rows,))
+    weight = jnp.where((jnp.arange(rows) < total)[:, None], weight[order], 0.0)
+    chosen = {"episode": order // horizon, "step": order % horizon, "weight": weight}
 
-    def loss(p: Params, part: Any) -> tuple[jax.Array, Metrics]:
+    def deal(x: jax.Array) -> jax.Array:
+        """This device's rows [micro-batches, micro, ...]: micro-batches are dealt out in turn."""
+        turns = x.reshape(-1, devices, micro, *x.shape[1:])
+        return own_slice(jnp.moveaxis(turns, 1, 0))[0]
+
+    mine = jax.tree.map(deal, chosen)
+
+    def loss(p: Params, part: Any) -> jax.Array:
         rows = part["episode"]
         canvas = jax.tree.map(lambda x: x[rows], buffer.canvas)
         gen_ids = buffer.gen_before[rows, part["step"]]
         level = noise_level(rollout, part["step"])
         context = backbone.begin(p, canvas)
         hidden = backbone.score(p, context, canvas, gen_ids, level).hidden
-        picked = jnp.take_along_axis(hidden, part["column"][..., None], axis=1)
-        sums = losses.backbone_sums(
-            backbone.logits(p, picked),
-            canvas.prompt_len[:, None] + part["column"],
-            part["written"],
-            buffer.target[rows],
-            buffer.target_len[rows],
-            buffer.returns[rows],
-            advantage_positive=settings.advantage_positive,
-            advantage_clip=settings.advantage_clip,
+        target = buffer.target[rows]
+        index = jnp.clip(canvas.gen_index, 0, target.shape[1] - 1)
+        value, _ = counted_loss(
+            backbone.logits,
+            backbone.head_params(p),
+            hidden.reshape(-1, hidden.shape[-1]),
+            jnp.take_along_axis(target, index, axis=1).reshape(-1),
+            part["weight"].reshape(-1),
         )
-        value = sums.weighted / pairs
-        return value, {
-            "backbone/loss": value,
-            "backbone/zero_weight_share": sums.zero_weight / pairs,
-        }
+        return value
 
-    def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, carry, (grads, metrics)), None
+    def accumulate(i: jax.Array, carry: Any) -> Any:
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), mine)
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(params, part))
 
-    zero = jnp.float32(0.0)
-    start = (
-        jax.tree.map(jnp.zeros_like, params),
-        {"backbone/loss": zero, "backbone/zero_weight_share": zero},
-    )
-    sums, _ = jax.lax.scan(accumulate, start, mine)
-    return sum_over_devices(sums)
+    turns = -(-jnp.sum(useful) // (micro * devices))
+    start = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
+    value, grads = sum_over_devices(jax.lax.fori_loop(0, turns, accumulate, start))
+    return grads, {"backbone/loss": value, "backbone/zero_weight_share": zero_weight / pairs}

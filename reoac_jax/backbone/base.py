@@ -114,6 +114,7 @@ class Backbone:
       begin: (params, canvas) -> context, a pytree fixed during an episode.
       score: one denoising step, see `ScoreFn`.
       head: (params, hidden [..., D]) -> raw float32 logits [..., V].
+      head_params: params -> the part of them that `head` reads; `head` takes that part too.
       suppress_mask: the mask id is excluded from every score. False only for the test backbone
         whose recorded traces use plain logits.
       score_mode: how positions see each other; goes into every run record.
@@ -133,6 +134,7 @@ class Backbone:
     begin: Callable[[Params, Canvas], Any]
     score: ScoreFn
     head: Callable[[Params, jax.Array], jax.Array]
+    head_params: Callable[[Params], Params] = lambda params: params
     suppress_mask: bool = True
 
     @property
@@ -208,6 +210,7 @@ def e2d2_backbone(cfg: e2d2.E2D2Config) -> Backbone:
         )
 
     single = cfg.score_mode == "single_block"
+    head_name = "embed" if cfg.tie_head else "head"
     return Backbone(
         family="e2d2",
         vocab_size=cfg.vocab_size,
@@ -223,4 +226,5 @@ def e2d2_backbone(cfg: e2d2.E2D2Config) -> Backbone:
         begin=begin_single if single else begin_blockwise,
         score=score_single if single else score_blockwise,
         head=lambda params, hidden: e2d2.head(params, cfg, hidden),
+        head_params=lambda params: {head_name: params[head_name]},
     )
