@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--config", default="configs/gsm8k.py")
-    parser.add_argument("--limit", type=int, default=0, help="held-out problems, 0 = all")
+    parser.add_argument("--problems", type=int, default=1024, help="held-out problems")
     parser.add_argument("--root", default="runs/bench_embedded")
     parser.add_argument("--skip-paper", action="store_true")
     parser.add_argument("--json", default="")
@@ -157,13 +157,14 @@ def main() -> None:
     def configured(variant: str, seed: int) -> Any:
         config = load_config(options.config + variant)
         config.seed = seed
+        config.dataset.eval_size = options.problems
         finalize(config)
         return config
 
     started = time.time()
     base = configured("", seeds[0])
     models = load_models(base)
-    prompts = load_prompts(base, "test", models.tokenizer, options.limit)
+    prompts = load_prompts(base, "test", models.tokenizer)
     max_cost = RolloutSettings.from_config(base).operators.max_cost
     price = base.rollout.cost_lambda / (base.rollout.max_steps * max_cost)
     rows: dict[str, Row] = {}
@@ -222,7 +223,10 @@ def main() -> None:
         atomic_write_json(
             options.json,
             {
-                "command": f"python -m bench.reoac_embedded --seeds {options.seeds}",
+                "command": (
+                    f"python -m bench.reoac_embedded --seeds {options.seeds} "
+                    f"--problems {options.problems}"
+                ),
                 "jax": jax.__version__,
                 "problems": len(prompts),
                 "seeds": seeds,

@@ -417,6 +417,7 @@ def write_safetensors(
     try:
         arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         save_file(arrays, partial, metadata={"format": "pt", **(metadata or {})})
+        partial.chmod(0o644)  # the library creates files that only their owner may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -52,19 +52,21 @@ def _embedded(c: ConfigDict) -> None:
     c.rollout.max_steps = 20
     c.rollout.batch_size = 64
     c.rollout.group_size = 4
-    c.rollout.cost_lambda = 0.5
+    c.rollout.cost_lambda = 1.5  # neither the careful nor the fast fixed operator is best by far
     c.rollout.save_relation = False
     c.operators.O_NUM.k = 40
     c.operators.O_OP.k = 40
-    c.operators.O_SCOPE.k = 16
+    c.operators.O_SCOPE.k = 8
     c.operators.O_FAST.k = 40
-    c.operators.O_FAST.step_scale = 4.0
+    c.operators.O_NUM.step_scale = 2.0
+    c.operators.O_OP.step_scale = 4.0
+    c.operators.O_FAST.step_scale = 8.0
     c.finetune_mode = "none"
     c.optim.actor_lr = 1e-3
     c.optim.critic_lr = 1e-3
     c.optim.grad_clip = 1.0
     c.optim.weight_decay = 0.0
-    c.num_iterations = 60
+    c.num_iterations = 50
     c.episodes_per_iter = 256
 
 

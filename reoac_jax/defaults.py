@@ -83,7 +83,7 @@ def get_default_config() -> ConfigDict:
     c.relation.temperature = 1.0
     c.relation.strings = "raw"  # raw | stripped
     c.relation.numbers = "token"  # token | span
-    c.relation.canvas = "written"  # written | tentative (masked positions show their prediction)
+    c.relation.canvas = "written"  # plus: tentative = masked positions show their prediction
 
     c.operators = ConfigDict()
     for name, tokens in zip(OPERATORS, (16, 16, 32, 32, 64), strict=True):
@@ -104,14 +104,14 @@ def get_default_config() -> ConfigDict:
     c.rollout.max_steps = 8  # T
     c.rollout.gen_len = 32  # G
     c.rollout.batch_size = 16
-    c.rollout.selection_mode = "sample"  # argmax | sample | random | fixed:<operator>
+    c.rollout.selection_mode = "sample"  # argmax | sample; plus: random | fixed:<operator>
     c.rollout.use_hidden = True
     c.rollout.cost_lambda = 0.0
     c.rollout.branch_steps = ()
     c.rollout.branch_k = 2
     c.rollout.gpu_critic = True  # True = tensor feature path, False = host path
-    c.rollout.fast_critic = False
-    c.rollout.fast_operator = False
+    c.rollout.fast_critic = False  # paper: no relation features
+    c.rollout.fast_operator = False  # paper, with fast_critic: operators see no strings
     c.rollout.save_relation = True
     c.rollout.ensure_update = True
     c.rollout.fallback_operator = "O_SCOPE"
@@ -130,6 +130,7 @@ def get_default_config() -> ConfigDict:
     c.losses.advantage_positive = True
     c.losses.advantage_clip = 0.0  # 0 = off
     c.losses.entropy_weight = 0.01
+    c.losses.advantage_scale = "batch"  # plus: unit deviation per batch | group
     c.losses.backbone_pg_weight = 1.0
     c.losses.backbone_sft_weight = 0.5
     c.losses.gamma = 1.0
@@ -154,7 +155,7 @@ def get_default_config() -> ConfigDict:
     c.updates.minibatch = 512  # plus: episode steps per minibatch
     c.updates.backbone_batch = 64  # rows per micro-batch of the backbone loss
     c.updates.backbone_rows = 256  # episode steps drawn for one backbone update; 0 = all
-    c.updates.target_decay = 0.99  # plus: slow copy of the critic
+    c.updates.target_decay = 0.5  # plus: per iteration, of the slow copy of the critic
 
     c.buffer_size = 1000
     c.num_iterations = 1
@@ -242,6 +243,7 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.reward.mode, ("strict", "shaped"), "reward.mode")
     _one_of(c.reward.verifier, ("robust", "paper"), "reward.verifier")
     _one_of(c.eval.verifier, ("robust", "paper"), "eval.verifier")
+    _one_of(c.losses.advantage_scale, ("batch", "group"), "losses.advantage_scale")
     _one_of(c.parallel.mode, ("jit", "pmap"), "parallel.mode")
     _one_of(c.dataset.task, ("gsm8k",), "dataset.task")
     for key in (
@@ -314,8 +316,12 @@ def finalize(config: ConfigDict) -> list[str]:
             f"config key rollout.batch_size={c.rollout.batch_size} must be a multiple of "
             f"rollout.group_size={c.rollout.group_size}"
         )
-    if c.algo == "plus" and c.backbone.renoise:
-        raise UserError("config key backbone.renoise=True is the original's rule: set algo=paper")
+    for key in ("backbone.renoise", "rollout.fast_critic", "rollout.fast_operator"):
+        if c.algo == "plus" and _at(c, key):
+            raise UserError(f"config key {key}=True is the original's rule: set algo=paper")
+    if c.algo == "paper":
+        _one_of(c.rollout.selection_mode, SELECTION_MODES[:2], "rollout.selection_mode")
+        _one_of(c.relation.canvas, ("written",), "relation.canvas")
     warnings = []
     worst = c.rollout.cost_lambda * c.rollout.max_steps  # cheapest operator costs 1 per step
     if c.algo == "paper" and worst >= 1.0:

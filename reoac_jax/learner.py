@@ -78,6 +78,7 @@ class LearnerSettings:
     gae_lambda: float
     clip: float
     entropy_weight: float
+    advantage_scale: str
     epochs: int
     minibatch: int
     target_decay: float
@@ -111,6 +112,7 @@ class LearnerSettings:
             gae_lambda=loss.gae_lambda,
             clip=loss.clip,
             entropy_weight=loss.entropy_weight,
+            advantage_scale=loss.advantage_scale,
             epochs=update.epochs,
             minibatch=update.minibatch,
             target_decay=update.target_decay,
@@ -212,7 +214,9 @@ def make_update_plus(
         value = jnp.where(active, value, 0.0)
         rewards = step_rewards(settings, steps.cost, active, reward)
         advantage, returns = losses.gae(rewards, value, active, settings.gamma, settings.gae_lambda)
-        advantage = losses.normalise_advantages(advantage, active, settings.group_size)
+        advantage = losses.normalise_advantages(
+            advantage, active, settings.group_size, scale_by=settings.advantage_scale
+        )
 
         flat = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]),

@@ -266,15 +266,24 @@ def gae(
 
 
 def normalise_advantages(
-    advantages: jax.Array, valid: jax.Array, group_size: int = 1, epsilon: float = 1e-6
+    advantages: jax.Array,
+    valid: jax.Array,
+    group_size: int = 1,
+    epsilon: float = 1e-6,
+    scale_by: str = "group",
 ) -> jax.Array:
-    """Zero mean and unit deviation per prompt group, over the batch when a group has one row.
+    """Zero mean per prompt group (over the batch when a group has one row), unit deviation.
+
+    With scale_by="group" every group gets unit deviation. In groups whose episodes are all right or
+    all wrong only the cost differs, and its tiny differences are blown up to the size of a reward:
+    the policy then learns to be cheap rather than right. "batch" divides by one deviation for all.
 
     Args:
         advantages: [B, T] f32; rows of a group are neighbours.
         valid: [B, T] bool.
         group_size: rows per group; divides B.
         epsilon: added to the deviation, so that equal advantages become 0.
+        scale_by: "group" or "batch".
 
     Returns:
         [B, T] f32, 0 at void steps, without gradient.
@@ -286,7 +295,10 @@ def normalise_advantages(
     count = jnp.maximum(counted.sum(axis=1, keepdims=True), 1)
     mean = jnp.where(counted, folded, 0.0).sum(axis=1, keepdims=True) / count
     centred = jnp.where(counted, folded - mean, 0.0)
-    deviation = jnp.sqrt(jnp.square(centred).sum(axis=1, keepdims=True) / count)
+    variance = jnp.square(centred).sum(axis=1, keepdims=True) / count
+    if scale_by == "batch":
+        variance = jnp.square(centred).sum(keepdims=True) / jnp.maximum(counted.sum(), 1)
+    deviation = jnp.sqrt(variance)
     # A deviation that is only rounding of equal values must not be blown up to 1.
     scale = jnp.where(deviation > 1e-5 * (1.0 + jnp.abs(mean)), deviation + epsilon, jnp.inf)
     return (centred / scale).reshape(advantages.shape)
