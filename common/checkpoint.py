@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging as absl_logging
 
 from common.errors import UserError, require
 from common.rundir import atomic_write_json
@@ -60,6 +61,10 @@ class Checkpointer:
         self._settings = json.loads(json.dumps(dict(settings or {})))
         self._read_only = read_only
         self._last_saved: int | None = None
+        # Orbax warns that a directory opened for reading is read-only.
+        verbosity = absl_logging.get_verbosity()
+        if read_only:
+            absl_logging.set_verbosity(absl_logging.ERROR)
         try:
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -67,6 +72,8 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     create=not read_only,
                     read_only=read_only,
+                    # What it would set itself, with a warning.
+                    save_interval_steps=0 if read_only else 1,
                     # What a killed save left behind; a reader must not touch a save in progress.
                     cleanup_tmp_directories=not read_only,
                     # The state is donated to the next update right after the save.
@@ -77,6 +84,8 @@ class Checkpointer:
             raise UserError(
                 f"cannot open the checkpoint directory {directory} ({error.strerror})"
             ) from error
+        finally:
+            absl_logging.set_verbosity(verbosity)
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Any], metric: float | None = None

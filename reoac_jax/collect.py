@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from common import dist
 from common.rundir import RunDir, atomic_write_json
@@ -84,17 +85,18 @@ def write_samples(
     graded: Graded,
     prompts: PromptSet,
     rows: np.ndarray,
-    count: int,
-    branch_steps: tuple[int, ...] = (),
-    branch_k: int = 0,
+    config: ConfigDict,
 ) -> None:
     """samples/iter{i}_step{j}.json of the first episodes; features are those of the last step."""
-    count = min(count, len(rows))
+    count = min(config.logging.num_samples, len(rows))
+    # Null where there is none, empty where it was not kept.
+    missing: list[float] | None = None if config.rollout.fast_critic else []
+    branches = tuple(config.rollout.branch_steps), config.rollout.branch_k
     part = jax.device_get(jax.tree.map(lambda x: x[:count], episodes))
     for j in range(count):
         last = max(int(part.num_steps[j]) - 1, 0)
-        relation = None
-        if part.relation is not None:
+        relation = missing
+        if part.relation is not None and not config.rollout.fast_critic:
             relation = part.relation[j, : int(part.canvas.prompt_len[j])].round(6).tolist()
         ran = part.steps.operator[j][part.steps.active[j]]
         atomic_write_json(
@@ -110,7 +112,7 @@ def write_samples(
                 "operator_id": OPERATORS[int(part.steps.operator[j, last])],
                 "feature_vector": part.steps.features[j, last].round(6).tolist(),
                 "relation": relation,
-                "branch_candidates": _branch_candidates(part, j, branch_steps, branch_k),
+                "branch_candidates": _branch_candidates(part, j, *branches),
             },
         )
 

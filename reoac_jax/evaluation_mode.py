@@ -31,11 +31,11 @@ def load_learner(
       UserError: there is no checkpoint, or it belongs to another architecture.
     """
     path = Path(checkpoint).expanduser()
-    if not path.is_dir():
-        raise UserError(f"--checkpoint={checkpoint}: no such directory")
-    step = int(path.name) if path.name.isdigit() else None
+    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
     if step is not None:
         path = path.parent
+    if not path.is_dir():
+        raise UserError(f"--checkpoint={checkpoint}: no such directory")
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     rollout = RolloutSettings.from_config(config)

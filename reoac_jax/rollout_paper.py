@@ -62,7 +62,9 @@ def rollout_paper(
     facts = prompt_facts(
         tables, canvas.prompt_ids, canvas.prompt_len, path=settings.path, numbers=settings.numbers
     )
-    keep_relation = settings.save_relation and not settings.fast_critic
+    # The host path of the original stores its relation whatever the switch says.
+    kept = settings.save_relation or settings.path == "host"
+    keep_relation = kept and not settings.fast_critic
 
     def step_fn(carry: tuple[jax.Array, jax.Array], step: jax.Array) -> tuple[Any, Any]:
         gen_ids, _ = carry

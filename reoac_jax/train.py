@@ -254,17 +254,7 @@ def train(
                         jax.random.fold_in(key, 0),
                     )
                 if iteration % config.logging.sample_interval == 0 and dist.is_main():
-                    write_samples(
-                        run,
-                        iteration,
-                        episodes,
-                        graded,
-                        prompts,
-                        rows,
-                        config.logging.num_samples,
-                        tuple(config.rollout.branch_steps),
-                        config.rollout.branch_k,
-                    )
+                    write_samples(run, iteration, episodes, graded, prompts, rows, config)
                 with timer.part("update"):
                     if plus:
                         reward, target_ids = dist.shard_batch(
