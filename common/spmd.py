@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from common.dist import DATA_AXIS
@@ -57,10 +58,12 @@ def spmd(
         return jax.jit(mapped, donate_argnums=donate)
     count = mesh.shape[DATA_AXIS]
     # Only replicated results are returned unsplit; donated buffers are a jit-mode optimisation.
-    in_axes = tuple(0 if s == ROWS else None for s in in_specs)
+    # pmap wants an argument that is split even where all of ours are whole: the device numbers.
+    in_axes = (0, *(0 if s == ROWS else None for s in in_specs))
+    numbers = np.arange(count)
     results = (out_specs,) if isinstance(out_specs, str) else out_specs
     parallel = jax.pmap(
-        lambda *args: _as_tuple(fn(*args), out_specs),
+        lambda _, *args: _as_tuple(fn(*args), out_specs),
         axis_name=DATA_AXIS,
         in_axes=in_axes,
         devices=list(mesh.devices.flat),
@@ -68,7 +71,7 @@ def spmd(
 
     def call(*args: Any) -> Any:
         split = [_split(a, count) if s == ROWS else a for a, s in zip(args, in_specs, strict=True)]
-        outs = parallel(*split)
+        outs = parallel(numbers, *split)
         joined = tuple(
             _join(out) if s == ROWS else jax.tree.map(lambda x: x[0], out)
             for out, s in zip(outs, results, strict=True)

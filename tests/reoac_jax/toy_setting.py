@@ -11,6 +11,7 @@ from common.lm.layers import Params
 from reoac_jax.backbone.base import Backbone, Canvas, e2d2_backbone
 from reoac_jax.backbone.e2d2 import E2D2Config
 from reoac_jax.backbone.toy import table_backbone
+from reoac_jax.defaults import get_default_config
 from reoac_jax.episodes import Episodes, Steps
 from reoac_jax.learner import LearnerSettings
 from reoac_jax.learner_paper import PaperEpisode
@@ -159,7 +160,8 @@ def learner_settings(**overrides: Any) -> LearnerSettings:
         "weights": (1.0, 1.0, 1.0),
         "optim": tuple(sorted(optim.items())),
     }
-    return LearnerSettings(**(values | overrides))
+    defaults = LearnerSettings.from_config(get_default_config(), max_cost=3.0)
+    return dataclasses.replace(defaults, **(values | overrides))
 
 
 def made_up_episodes(
