@@ -74,7 +74,7 @@ TINY = Sizes(
     large=(2, 8, 8, 2),
     large_buffer=2,
     features=(2, 12, 8),
-    batches=(1, 2),
+    batches=(4,),
     score=(1, 8, 8, 16, 32),
     decode=(2, 8, 8, 4),
 )
