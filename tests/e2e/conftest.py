@@ -53,7 +53,8 @@ def terminate_before_save(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], No
     """Sends SIGTERM to this process right before the checkpoint of a step is written, once."""
 
     def install(step: int) -> None:
-        save, sent = Checkpointer.save, []
+        save = Checkpointer.save
+        sent: list[int] = []
 
         def saving(self: Checkpointer, number: int, *args: Any, **kwargs: Any) -> None:
             if number >= step and not sent:
