@@ -133,6 +133,8 @@ def untrained(config: Any, models: Models) -> Any:
 
 def trained(config: Any, models: Models, root: Path) -> Any:
     """Train (or continue, or reuse) a run and return its learner."""
+    config = config.copy_and_resolve_references()
+    config.eval.limit = 64  # the run's own evaluations; this command makes its own, of all problems
     run = RunDir.create(root, "unused", str(root / f"{config.algo}_seed{config.seed}"))
     if not run.finished:
         with run.lock():
@@ -145,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--config", default="configs/gsm8k.py")
-    parser.add_argument("--problems", type=int, default=1024, help="held-out problems")
+    parser.add_argument("--problems", type=int, default=512, help="held-out problems")
     parser.add_argument("--root", default="runs/bench_embedded")
     parser.add_argument("--skip-paper", action="store_true")
     parser.add_argument("--json", default="")
