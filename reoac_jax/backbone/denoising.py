@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from common.errors import UserError
 from reoac_jax.backbone.e2d2 import NEG_INF, E2D2Config
+from reoac_jax.sampling import summarise_scores
 from reoac_jax.selection import descending_rank
 
 STRATEGIES = ("predict_and_noise", "posterior")
@@ -87,23 +88,20 @@ def predict_step(
         cfg: The network.
         settings: Strategy.
     """
-    vocab = jnp.arange(cfg.vocab_size)
-    logits = jnp.where(vocab == cfg.mask_id, NEG_INF, logits)
-    peak = logits.max(axis=-1)  # [B, S]
-    total = jnp.sum(jnp.exp(logits - peak[..., None]), axis=-1)
+    summary = summarise_scores(logits, suppress_id=cfg.mask_id)
     token_key, order_key = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    if settings.greedy:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        chosen = peak
-    else:
-        token = _sample(token_key, logits / settings.temperature)
+    token, probability = summary.best, summary.confidence
+    vocab = jnp.arange(cfg.vocab_size)
+    if not settings.greedy:
+        open_logits = jnp.where(vocab == cfg.mask_id, NEG_INF, logits)
+        token = _sample(token_key, open_logits / settings.temperature)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-    probability = jnp.exp(chosen - peak) / total
+        probability = jnp.exp(chosen - summary.log_norm)
     sureness = probability
     if settings.confidence == "margin":
-        best = jnp.argmax(logits, axis=-1)
-        second = jnp.where(vocab == best[..., None], NEG_INF, logits).max(axis=-1)
-        sureness = (1.0 - jnp.exp(second - peak)) / total
+        rest = (vocab == summary.best[..., None]) | (vocab == cfg.mask_id)
+        second = jnp.where(rest, NEG_INF, logits).max(axis=-1)
+        sureness = summary.confidence - jnp.exp(second - summary.log_norm)
     elif settings.confidence == "none":
         sureness = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))(order_key)
     count = jnp.sum(masked, axis=1)
