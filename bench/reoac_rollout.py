@@ -137,7 +137,7 @@ def rollout_rows(sizes: Sizes, repeats: int) -> list[Row]:
 
 
 def update_floor(
-    scene: Scene, canvases: list[jax.Array], counted_: list[jax.Array], rows: np.ndarray
+    scene: Scene, canvases: list[jax.Array], counted_: list[Any], rows: np.ndarray
 ) -> Callable[[], Any]:
     """Gradients of the bare cross-entropy at the counted positions of the update's rows.
 
@@ -238,9 +238,9 @@ def plus_update(
     row, step = drawn // horizon, drawn % horizon
     hidden = rng.random((len(drawn), gen_len)) < rng.random((len(drawn), 1))
     noised = np.where(hidden, scene.backbone.mask_id, target[row])
-    before = episodes.steps.gen_before[row, step]
+    before = jnp.asarray(episodes.steps.gen_before[row, step])
     masks = [written[row, step], hidden]
-    return work, update_floor(scene, [before, noised], masks, index[row])
+    return work, update_floor(scene, [before, jnp.asarray(noised)], masks, index[row])
 
 
 def paper_update(
@@ -283,13 +283,16 @@ def feature_rows(sizes: Sizes, repeats: int) -> list[Row]:
     counter = TraceCounter()
     operators = RolloutSettings.from_config(get_config("paper")).operators
 
+    ids, sizes_of, key_of = jnp.asarray(prompt), jnp.asarray(lengths), jnp.asarray(keys)
+    scores = jnp.asarray(entropy)
+
     def arrays(tables: Tables, previous: jax.Array) -> Any:
-        found, aux = base_features(tables, prompt, lengths, keys, gen, entropy, previous)
+        found, aux = base_features(tables, ids, sizes_of, key_of, gen, scores, previous)
         return found, aux.attention, operator_masks(tables, gen, operators)
 
     compiled = counter.jit(arrays)
     previous = jax.jit(
-        lambda tables: base_features(tables, prompt, lengths, keys, before)[1].attention
+        lambda tables: base_features(tables, ids, sizes_of, key_of, before)[1].attention
     )(tables)
 
     def python() -> None:
@@ -347,8 +350,13 @@ def score_rows(sizes: Sizes, repeats: int) -> list[Row]:
     short = jax.device_put(random_canvas(cfg, batch, width, gen_len, bucket))
 
     def whole(params: Params, canvas: Canvas) -> jax.Array:
-        masks = {"attention_mask": canvas.attention_mask, "context_mask": canvas.context_mask}
-        return e2d2.score(params, cfg, canvas.tokens, **masks).logits
+        return e2d2.score(
+            params,
+            cfg,
+            canvas.tokens,
+            attention_mask=canvas.attention_mask,
+            context_mask=canvas.context_mask,
+        ).logits
 
     def canvas_only(params: Params, canvas: Canvas) -> jax.Array:
         scores = backbone.score(params, (), canvas, canvas.gen_ids(), jnp.ones(batch))

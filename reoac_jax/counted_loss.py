@@ -44,7 +44,8 @@ def counted_loss(
 
 
 def _forward(head: Head, *arguments: Any) -> tuple[Sums, tuple[Params, jax.Array]]:
-    return _sweep(head, *arguments, gradient=True)
+    params, hidden, ids, weight = arguments
+    return _sweep(head, params, hidden, ids, weight, gradient=True)
 
 
 def _backward(head: Head, grads: tuple[Params, jax.Array], cotangent: Sums) -> tuple[Any, ...]:
