@@ -263,9 +263,12 @@ def plus_gradient(
     return jax.tree.map(lambda a, b: a - b, PARAMS, state.backbone), metrics
 
 
-def test_policy_gradient_of_the_backbone(plain_descent: None) -> None:
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_policy_gradient_of_the_backbone(plain_descent: None, scale: str) -> None:
     """The gradient equals that of -mean A log p over all written tokens, done naively."""
-    found, metrics = plus_gradient(plain_descent, 4, sft_weight=0.0, cost_lambda=0.0)
+    found, metrics = plus_gradient(
+        plain_descent, 4, sft_weight=0.0, cost_lambda=0.0, advantage_scale=scale
+    )
     episodes = made_up_episodes(ROWS, HORIZON, FEATURES)
     active = np.asarray(episodes.steps.active)
     reward = np.asarray([1.0, 0.0, 0.2, 0.7, 0.0, 1.0])
@@ -274,7 +277,11 @@ def test_policy_gradient_of_the_backbone(plain_descent: None) -> None:
         group = slice(first, first + 2)
         every = np.broadcast_to(reward[group, None], active[group].shape)
         counted = every[active[group]]
-        advantage[group] = (every - counted.mean()) / (counted.std() + 1e-6)
+        advantage[group] = every - counted.mean()
+        if scale == "group":
+            advantage[group] /= counted.std() + 1e-6
+    if scale == "batch":
+        advantage /= advantage[active].std() + 1e-6
     weight = jnp.asarray(np.where(active, advantage, 0.0), jnp.float32)[..., None]
     count = episodes.steps.written.sum()
 
