@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reoac_jax.backbone import e2d2
-from reoac_jax.backbone.base import Backbone, Scores, masked_mean
+from reoac_jax.backbone.base import Backbone, Canvas, Scores, masked_mean
 from tests.reoac_jax.toy_setting import (
     GEN,
     PROMPT,
@@ -68,7 +68,7 @@ def scored(request: pytest.FixtureRequest) -> tuple[Backbone, Scores, Scores, Sc
     params = jax.jit(backbone.init)(jax.random.key(0))
 
     @jax.jit
-    def score(canvas: object, gen_ids: jax.Array) -> Scores:
+    def score(canvas: Canvas, gen_ids: jax.Array) -> Scores:
         context = backbone.begin(params, canvas)
         return backbone.score(params, context, canvas, gen_ids, jnp.ones(3))
 

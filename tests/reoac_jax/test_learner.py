@@ -1,6 +1,6 @@
 """Updates of both methods on made-up episodes: gradients, their placement, what must not matter."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,7 +34,6 @@ PARAMS = toy_params(BACKBONE)
 FEATURES, HORIZON = 7, 5
 ROWS = [0, 0, 3, 3, 4, 4]
 ROLLOUT = toy_settings(max_steps=3, num_sigma_steps=4, use_hidden=False)
-Update = Callable[..., tuple[LearnerState, dict[str, jax.Array]]]
 
 
 def fresh(settings: LearnerSettings, seed: int = 3) -> LearnerState:
@@ -43,7 +42,7 @@ def fresh(settings: LearnerSettings, seed: int = 3) -> LearnerState:
     return replicate(make_mesh(1), jax.tree.map(jnp.copy, state))
 
 
-def compiled(settings: LearnerSettings) -> Update:
+def compiled(settings: LearnerSettings) -> Any:
     return compile_update(BACKBONE, settings, ROLLOUT, make_mesh(1))
 
 
@@ -141,7 +140,7 @@ def with_junk(episodes: Episodes) -> Episodes:
         )
 
     steps = jax.tree.map(junk, episodes.steps)
-    return episodes.replace(steps=steps.replace(active=episodes.steps.active))
+    return replace(episodes, steps=replace(steps, active=episodes.steps.active))
 
 
 def test_finished_steps_have_no_influence(plus: dict[str, Any]) -> None:
@@ -211,7 +210,8 @@ def test_policy_prefers_the_better_operator() -> None:
         share.append(policy[..., 2].mean())
         operator = np.where(rng.random((32, 1)) < policy[..., 2], 2, 1)
         log_prob = np.log(np.take_along_axis(policy, operator[..., None], axis=2)[..., 0])
-        steps = episodes.steps.replace(
+        steps = replace(
+            episodes.steps,
             features=jnp.asarray(features),
             operator=jnp.asarray(operator, jnp.int32),
             valid=jnp.asarray(valid),
@@ -219,7 +219,7 @@ def test_policy_prefers_the_better_operator() -> None:
         )
         state, metrics = update(
             state,
-            episodes.replace(steps=steps),
+            replace(episodes, steps=steps),
             jnp.asarray(operator[:, 0] == 2, jnp.float32),
             made_up_targets(rows),
             jax.random.key(number),
@@ -254,7 +254,7 @@ def plus_gradient(
     )
     state = fresh(settings)
     zeros = jax.tree.map(jnp.zeros_like, state.critic)
-    state = state.replace(critic=zeros, target_critic=jax.tree.map(jnp.copy, zeros))
+    state = replace(state, critic=zeros, target_critic=jax.tree.map(jnp.copy, zeros))
     episodes = made_up_episodes(ROWS, HORIZON, FEATURES)
     reward = jnp.asarray([1.0, 0.0, 0.2, 0.7, 0.0, 1.0])
     state, metrics = compiled(settings)(
@@ -349,7 +349,7 @@ def naive_paper(
     metrics = dict(metrics)
     metrics |= losses.critic_loss(critic, features, operator, returns)[1]
     metrics |= losses.actor_loss(actor, q, features, temperature)[1]
-    return state.replace(actor=actor, critic=critic, backbone=backbone), metrics
+    return replace(state, actor=actor, critic=critic, backbone=backbone), metrics
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.6])

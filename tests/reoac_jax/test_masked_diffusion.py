@@ -1,5 +1,7 @@
 """Noise levels, noising, and the training loss against NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,9 @@ def test_noised_canvas() -> None:
 def test_loss_equals_numpy_and_prompts_stay_clean() -> None:
     backbone = toy_backbone()
     params, canvas, target = toy_params(backbone), toy_canvas(ROWS), made_up_targets(ROWS)
-    canvas = canvas.replace(row_id=jnp.arange(8, dtype=jnp.uint32) + 16)  # folded into 0..7
+    canvas = dataclasses.replace(
+        canvas, row_id=jnp.arange(8, dtype=jnp.uint32) + 16
+    )  # folded into 0..7
     loss, metrics = jax.jit(lambda p: canvas_loss(p, backbone, canvas, target, KEY, 8))(params)
 
     t_key, noise_key = jax.random.split(KEY)

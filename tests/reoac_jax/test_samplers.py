@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def test_last_pass_completes_closed_positions() -> None:
         first = jnp.argmax(gen_ids == SPECIAL.mask_id, axis=1)[:, None] // 2
         return scores._replace(editable=jnp.arange(GEN) // 2 == first)
 
-    limited = dataclasses.replace(BACKBONE, score=score)
+    limited = dataclasses.replace(BACKBONE, score=cast(Any, score))
     canvas = toy_canvas(ROWS)
     found = decode(limited, canvas, num_steps=2)
     assert (found.gen_ids != SPECIAL.mask_id).all() and (found.forwards == 2).all()

@@ -194,24 +194,26 @@ def made_up_episodes(
     np.put_along_axis(valid, operator[..., None], True, axis=2)
     costs = np.asarray([spec.cost for spec in OPERATORS.specs])
     cost = np.where(active, costs[operator], 0.0)
-    steps = Steps(
-        features=np.where(active[..., None], rng.normal(size=(batch, horizon, num_features)), 0.0),
-        operator=np.where(active, operator, 0).astype(np.int32),
-        chosen=np.where(active, operator, 0).astype(np.int32),
-        valid=valid | ~active[..., None],
-        log_prob=np.where(active, np.log(0.3), 0.0),
-        q=np.zeros((batch, horizon, 5)),
-        cost=cost,
-        gen_before=before,
-        written=written,
-        active=active,
-    )
+    records: dict[str, Any] = {
+        "features": np.where(
+            active[..., None], rng.normal(size=(batch, horizon, num_features)), 0.0
+        ),
+        "operator": np.where(active, operator, 0).astype(np.int32),
+        "chosen": np.where(active, operator, 0).astype(np.int32),
+        "valid": valid | ~active[..., None],
+        "log_prob": np.where(active, np.log(0.3), 0.0),
+        "q": np.zeros((batch, horizon, 5)),
+        "cost": cost,
+        "gen_before": before,
+        "written": written,
+        "active": active,
+    }
     episodes = Episodes(
         canvas=toy_canvas(rows),
-        final_ids=final,
-        steps=steps,
-        num_steps=taken.astype(np.int32),
-        cost=cost.sum(axis=1),
+        final_ids=_single(final),
+        steps=Steps(**records),
+        num_steps=_single(taken.astype(np.int32)),
+        cost=_single(cost.sum(axis=1)),
         relation=None,
     )
     return jax.tree.map(_single, episodes)
