@@ -130,7 +130,7 @@ def rollout_rows(sizes: Sizes, repeats: int) -> list[Row]:
         batch = sizes.batch or get_config().rollout.batch_size
         measure(f"{algo} embedded", scene, batch, 1.15, True)
     for algo, mode in sizes.random:
-        scene = large_scene(sizes, algo, mode)
+        scene = large_scene(sizes, algo, mode, sizes.large)
         title = f"{algo} V={sizes.vocab} {mode}"
         measure(title, scene, sizes.large[0], 1.25, mode == "single_block")
     return rows
@@ -192,8 +192,9 @@ def update_rows(sizes: Sizes, repeats: int) -> list[Row]:
         cases.append((f"{algo} embedded", embedded_scene(sizes, algo), batch, count))
     for algo, mode in sizes.random:
         if mode == "single_block":
-            scene = large_scene(sizes, algo, mode)
-            cases.append((f"{algo} V={sizes.vocab}", scene, sizes.large[0], sizes.large_buffer))
+            scene = large_scene(sizes, algo, mode, sizes.large_update)
+            batch = sizes.large_update[0]
+            cases.append((f"{algo} V={sizes.vocab}", scene, batch, batch))
     for title, scene, batch, count in cases:
         finished = jax.device_get(rollout_call(scene, batch, save_relation=False)())
         index = np.resize(np.arange(batch), count)
@@ -437,7 +438,7 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", default="", help="also write everything to this file")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds per comparison")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds per comparison")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
     given = parser.parse_args(arguments)
     groups = given.only.split(",")

@@ -27,12 +27,13 @@ class Sizes:
     """Sizes of everything measured.
 
     Attributes:
-      batch, horizon: rows and steps of the embedded rollout; 0 = the config's.
-      episodes: of one plus update (a multiple of the config's group); buffer: of one paper update.
+      batch, horizon: rows and steps of the embedded rollout; batch 0 = the config's.
+      episodes: of one plus update, a multiple of the config's group; episodes * horizon = the
+        decisions of the config's update. buffer: of one paper update.
       embedded: algorithms measured on the bundled backbone.
       random: (algorithm, score mode) measured on a random E2D2.
       vocab: of the random E2D2; width, layers: its D and (encoder, decoder) depths.
-      large: (B, P, G, T) of its rollouts; large_buffer: episodes of its update.
+      large, large_update: (B, P, G, T) of its rollouts, and of its update and micro-batches.
       features: (B, P, G).
       batches: of the episodes per second.
       score: (B, P, G, bucketed length, training length).
@@ -40,9 +41,9 @@ class Sizes:
     """
 
     batch: int = 0
-    horizon: int = 0
-    episodes: int = 256
-    buffer: int = 16
+    horizon: int = 8
+    episodes: int = 640
+    buffer: int = 24
     embedded: tuple[str, ...] = ("plus", "paper")
     random: tuple[tuple[str, str], ...] = (
         ("plus", "blockwise"),
@@ -54,7 +55,7 @@ class Sizes:
     width: int = 256
     layers: tuple[int, int] = (4, 2)
     large: tuple[int, int, int, int] = (4, 64, 64, 4)
-    large_buffer: int = 4
+    large_update: tuple[int, int, int, int] = (16, 32, 64, 2)
     features: tuple[int, int, int] = (16, 256, 128)
     batches: tuple[int, ...] = (1, 16, 64)
     score: tuple[int, int, int, int, int] = (1, 100, 128, 256, 1024)
@@ -72,7 +73,7 @@ TINY = Sizes(
     width=16,
     layers=(1, 1),
     large=(2, 8, 8, 2),
-    large_buffer=2,
+    large_update=(2, 8, 8, 2),
     features=(2, 12, 8),
     batches=(4,),
     score=(1, 8, 8, 16, 32),
@@ -121,7 +122,7 @@ def embedded_scene(sizes: Sizes, algo: str) -> Scene:
     config = get_config("paper" if algo == "paper" else "")
     config.finetune_mode = "full"
     config.rollout.early_exit = False
-    config.rollout.max_steps = sizes.horizon or config.rollout.max_steps
+    config.rollout.max_steps = sizes.horizon
     smallest = min(sizes.buffer, sizes.episodes) * config.rollout.max_steps
     config.updates.backbone_batch = min(config.updates.backbone_batch, smallest)
     batch = sizes.batch or get_config().rollout.batch_size
@@ -188,9 +189,9 @@ def random_canvas(
     )
 
 
-def large_scene(sizes: Sizes, algo: str, mode: str) -> Scene:
-    """A random blockwise or single-block E2D2 with a large vocabulary; tokens are sampled."""
-    batch, prompt_width, gen_len, horizon = sizes.large
+def large_scene(sizes: Sizes, algo: str, mode: str, shape: tuple[int, int, int, int]) -> Scene:
+    """A random E2D2 with a large vocabulary; tokens are sampled. shape = (B, P, G, T)."""
+    batch, prompt_width, gen_len, horizon = shape
     config = get_config("paper" if algo == "paper" else "")
     config.finetune_mode = "full"
     config.backbone.sample_strategy = "sample"
