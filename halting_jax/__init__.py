@@ -1,0 +1,1 @@
+"""Adaptive computation time: recurrent ponder loops, Universal Transformers, mazes and toy tasks."""
