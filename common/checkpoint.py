@@ -32,6 +32,7 @@ class Checkpointer:
         keep: int = 3,
         *,
         best: str = "",
+        keep_every: int = 0,
         settings: Mapping[str, Any] | None = None,
         read_only: bool = False,
     ) -> None:
@@ -41,6 +42,7 @@ class Checkpointer:
             directory: usually `RunDir.checkpoints`.
             keep: how many of the newest steps to keep.
             best: `max` or `min` keeps the step with the best metric as well; empty: no such step.
+            keep_every: also keep the steps that are a multiple of it; 0: none.
             settings: {key: JSON value} of the config keys the arrays depend on; a restore under
                 other values is refused (see `common.flags.select`).
             read_only: never changes the directory; for commands that only load.
@@ -57,6 +59,7 @@ class Checkpointer:
         if read_only and not self.directory.is_dir():
             raise UserError(f"{directory}: no such checkpoint directory; train first or mend it")
         self._keep = keep
+        self._keep_every = keep_every
         self._best = best
         self._settings = json.loads(json.dumps(dict(settings or {})))
         self._read_only = read_only
@@ -262,7 +265,8 @@ class Checkpointer:
     def _prune(self) -> None:
         kept = {*self.all_steps()[-self._keep :], self.best_step()}
         for step in self.all_steps():
-            if step not in kept:
+            spared = self._keep_every and step % self._keep_every == 0
+            if step not in kept and not spared:
                 self._manager.delete(step)
 
 

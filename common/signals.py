@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM and the first Ctrl-C become a flag that a loop looks at."""
+"""Stopping on request: SIGTERM, SIGUSR1 and the first Ctrl-C become a flag that a loop looks at."""
 
 import signal
 import threading
@@ -21,7 +21,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            # SIGUSR1 is what batch systems send ahead of the wall-time limit.
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

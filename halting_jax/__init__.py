@@ -1,1 +1,1 @@
-"""Adaptive computation time: recurrent ponder loops, Universal Transformers, mazes and toy tasks."""
+"""Adaptive computation time: ponder loops, Universal Transformers, mazes and toy tasks."""

@@ -159,6 +159,11 @@ class Model:
         without halting (static; inference only).
       halting_path: regular expression over parameter names (joined by "/") of the halting unit.
       max_steps: M, the limit of inner steps.
+      start, advance, running, finish: inference in pieces, so that an evaluator can let rows that
+        have halted leave the batch; None for models that cannot. start(params, batch) -> carry,
+        every leaf with a leading B axis; advance(params, carry, count) -> carry after up to
+        `count` (static) inner steps of the rows that still run; running(carry) -> bool [B];
+        finish(params, carry) -> Outputs, equal to those of apply.
     """
 
     type: str
@@ -166,3 +171,7 @@ class Model:
     apply: Callable[..., Outputs]
     halting_path: str
     max_steps: int
+    start: Callable[..., Any] | None = None
+    advance: Callable[..., Any] | None = None
+    running: Callable[[Any], jax.Array] | None = None
+    finish: Callable[..., Outputs] | None = None

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from common import dist, flags, log
 from common.errors import UserError
 from common.rundir import RunDir
+from common.runs import discard_empty, find_or_create
 
 MODES = ("train", "eval", "prep", "pretrain", "viz")
 flags.define_flags("configs/gsm8k.py", MODES)
@@ -58,9 +59,12 @@ def main(argv: list[str]) -> int:
         return 0
     if given.checkpoint:
         raise UserError("--checkpoint belongs to --mode=eval; to continue a run give its --workdir")
-    from reoac_jax.runs import discard_empty, find_or_create
-
-    run = find_or_create(config, given.workdir, given.mode)
+    name = config.logging.exp_name
+    if given.mode == "pretrain" and not name.endswith("pretrain"):
+        name = f"{name}_pretrain"
+    run = find_or_create(
+        config, config.logging.output_dir, name, given.workdir, config.checkpoint.resume
+    )
     with run.lock():
         log.info("run directory %s", run.path)
         try:

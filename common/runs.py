@@ -10,18 +10,22 @@ from common import log
 from common.rundir import RunDir, point_latest
 
 
-def find_or_create(config: ConfigDict, workdir: str, mode: str) -> RunDir:
+def find_or_create(config: ConfigDict, root: str, name: str, workdir: str, resume: bool) -> RunDir:
     """The run directory of a training command.
 
     With --workdir that directory. Without, the newest run of the experiment with the same resolved
     config if it is not finished, so that the same command continues; else a new one.
+
+    Args:
+      config: the finalized config, compared with what a run directory holds.
+      root: directory of all runs.
+      name: of the experiment.
+      workdir: value of --workdir, or "".
+      resume: False always starts a new run where no workdir is named.
     """
-    root, name = config.logging.output_dir, config.logging.exp_name
-    if mode == "pretrain" and not name.endswith("pretrain"):
-        name = f"{name}_pretrain"
     if workdir:
         return RunDir.create(root, name, workdir)
-    if config.checkpoint.resume:
+    if resume:
         same = [path for path in _runs(Path(root).expanduser() / name) if _has_config(path, config)]
         if same and not RunDir(same[-1]).finished:
             log.info("continuing the unfinished run %s", same[-1])

@@ -1,0 +1,259 @@
+"""Evaluation of a whole set by sums, with rows that have halted leaving the batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from common import dist
+from common.spmd import ROWS, WHOLE, spmd, sum_over_devices
+from halting_jax.early_exit import EarlyExit
+from halting_jax.objective import classification, ponder_ratio
+from halting_jax.ponder_sums import PonderSums, ponder_report, ponder_sums
+from halting_jax.source import EvalSet
+from halting_jax.types import Batch, Metrics, Model, Outputs, Params, Ratio, Task
+
+
+@flax.struct.dataclass
+class RowResults:
+    """What is kept of every example, [B].
+
+    Attributes:
+      correct: bool, the whole example is right; steps: float32, mean steps of its calls;
+      difficulty: int32; counted: bool, it is no filling of the last batch.
+    """
+
+    correct: jax.Array
+    steps: jax.Array
+    difficulty: jax.Array
+    counted: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SetResult:
+    """Evaluation of one set.
+
+    Attributes:
+      name: of the set.
+      metrics: of the task, means over the set.
+      ponder: of `ponder_report`.
+      losses: "classification", "ponder" (mean cost), "ponder_added" (tau times it).
+      correct, steps, difficulty: per example, NumPy arrays [n].
+    """
+
+    name: str
+    metrics: dict[str, float]
+    ponder: dict[str, Any]
+    losses: dict[str, float]
+    correct: np.ndarray
+    steps: np.ndarray
+    difficulty: np.ndarray
+
+
+class Evaluator:
+    """Compiled evaluation of one task and model on a mesh."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: Model,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        tau: float,
+        ponder_reduce: str = "mean",
+        fixed_steps: int = 0,
+        early_exit: bool = True,
+        path_metrics: Callable[[jax.Array, Batch], Metrics] | None = None,
+        finalize: Callable[[Metrics], dict[str, float]] | None = None,
+        mode: str = "jit",
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          task, model, mesh: what is evaluated, and where.
+          batch_size: examples per call over all devices; rounded up to a multiple of them.
+          tau: weight of the ponder cost, for the reported loss.
+          ponder_reduce: see `objective.ponder_ratio`.
+          fixed_steps: > 0 runs that many inner steps without halting.
+          early_exit: rows that have halted leave the batch, where the model can go on with a part
+            of its rows (one device); else every row waits for the last.
+          path_metrics: metrics too dear for the training step.
+          finalize: turns summed metrics into values; default: total / count of each.
+          mode: see `common.spmd`.
+        """
+        self._task = task
+        self._model = model
+        self._mesh = mesh
+        devices = mesh.devices.size
+        self._batch_size = -(-batch_size // devices) * devices
+        self._tau = tau
+        self._reduce = ponder_reduce
+        self._fixed_steps = fixed_steps
+        self._path_metrics = path_metrics
+        self._finalize = finalize or _values
+        self._mode = mode
+        self._early_exit = (
+            EarlyExit(model)
+            if early_exit and not fixed_steps and devices == 1 and model.start
+            else None
+        )
+        self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def run(
+        self,
+        params: Params,
+        examples: EvalSet,
+        progress: str = "",
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> SetResult:
+        """Evaluate a set.
+
+        Args:
+          params: replicated weights.
+          examples: the set.
+          progress: title of a progress bar, "" for none.
+          before_batch: called ahead of every batch; may raise to stop.
+        """
+        total: Any = None
+        kept: list[RowResults] = []
+        starts = range(0, examples.size, self._batch_size)
+        bar = tqdm(
+            total=examples.size,
+            desc=progress,
+            unit="example",
+            disable=not progress or not dist.is_main(),
+        )
+        with bar:
+            for start in starts:
+                before_batch()
+                rows = np.arange(start, start + self._batch_size, dtype=np.int32)
+                sums, results = self._call(examples)(params, rows)
+                # Sums of many examples lose digits in float32: they are added up in float64.
+                sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
+                total = sums if total is None else jax.tree.map(np.add, total, sums)
+                kept.append(jax.device_get(results))
+                bar.update(min(self._batch_size, examples.size - start))
+        return self._report(examples.name, total, kept)
+
+    def _report(self, name: str, total: Any, kept: list[RowResults]) -> SetResult:
+        loss, ponder, metrics, sums = total
+        counted = np.concatenate([part.counted for part in kept])
+
+        def joined(field: str) -> np.ndarray:
+            return np.concatenate([getattr(part, field) for part in kept])[counted]
+
+        mean_ponder = float(ponder.total / max(ponder.count, 1))
+        return SetResult(
+            name=name,
+            metrics=self._finalize(metrics),
+            ponder=ponder_report(sums),
+            losses={
+                "classification": float(loss.total / max(loss.count, 1)),
+                "ponder": mean_ponder,
+                "ponder_added": self._tau * mean_ponder,
+            },
+            correct=joined("correct"),
+            steps=joined("steps"),
+            difficulty=joined("difficulty"),
+        )
+
+    def _call(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
+        """The compiled evaluation of a batch of this set; sets differ in their static widths."""
+        if examples.name not in self._compiled:
+            make = self._with_early_exit if self._early_exit else self._in_one_call
+            self._compiled[examples.name] = make(examples)
+        return self._compiled[examples.name]
+
+    def _in_one_call(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
+        def evaluate(params: Params, rows: jax.Array) -> Any:
+            batch = examples.batch(rows)
+            outputs = self._model.apply(params, batch, fixed_steps=self._fixed_steps)
+            sums, results = self._measure(outputs, batch, rows < examples.size)
+            return sum_over_devices(sums), results
+
+        return spmd(evaluate, self._mesh, (WHOLE, ROWS), (WHOLE, ROWS), mode=self._mode)
+
+    def _with_early_exit(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
+        assert self._early_exit is not None
+        early_exit = self._early_exit
+        draw = jax.jit(examples.batch)
+        measure = jax.jit(
+            lambda outputs, batch, rows: self._measure(outputs, batch, rows < examples.size)
+        )
+
+        def evaluate(params: Params, rows: np.ndarray) -> Any:
+            batch = draw(rows)
+            return measure(early_exit(params, batch), batch, rows)
+
+        return evaluate
+
+    def _measure(
+        self, outputs: Outputs, batch: Batch, counted: jax.Array
+    ) -> tuple[tuple[Ratio, Ratio, Metrics, PonderSums], RowResults]:
+        task, ponder = self._task, outputs.ponder
+        ponder = dataclasses.replace(ponder, mask=ponder.mask & counted[:, None])
+        metrics = task.metrics(outputs.logits, batch)
+        if self._path_metrics is not None:
+            metrics = metrics | self._path_metrics(outputs.logits, batch)
+        calls = jnp.maximum(jnp.sum(ponder.mask, axis=1), 1)
+        results = RowResults(
+            correct=task.example_correct(outputs.logits, batch),
+            steps=jnp.sum(jnp.where(ponder.mask, ponder.steps, 0.0), axis=1) / calls,
+            difficulty=batch.difficulty,
+            counted=counted,
+        )
+        sums = (
+            classification(task, outputs.logits, batch),
+            ponder_ratio(ponder, self._reduce),
+            metrics,
+            ponder_sums(ponder, self._model.max_steps),
+        )
+        return sums, results
+
+
+def _values(metrics: Metrics) -> dict[str, float]:
+    return {
+        name: float(ratio.total) / float(ratio.count) if ratio.count else 0.0
+        for name, ratio in metrics.items()
+    }
+
+
+def difficulty_rows(result: SetResult, max_rows: int = 12) -> list[dict[str, float]]:
+    """Accuracy and steps per difficulty; many values are pooled into equal ranges.
+
+    Returns:
+      rows of low, high, n, accuracy, steps, in order of difficulty.
+    """
+    values = np.unique(result.difficulty)
+    if not len(values):
+        return []
+    groups = np.array_split(values, min(max_rows, len(values)))
+    rows = []
+    for group in groups:
+        chosen = (result.difficulty >= group[0]) & (result.difficulty <= group[-1])
+        rows.append(
+            {
+                "low": int(group[0]),
+                "high": int(group[-1]),
+                "n": int(chosen.sum()),
+                "accuracy": float(result.correct[chosen].mean()),
+                "steps": float(result.steps[chosen].mean()),
+            }
+        )
+    return rows
+
+
+def format_difficulty(rows: list[dict[str, float]]) -> str:
+    """The table of `difficulty_rows` as text."""
+    lines = ["difficulty        n   accuracy   steps", "-" * 40]
+    for row in rows:
+        span = f"{row['low']}" if row["low"] == row["high"] else f"{row['low']}-{row['high']}"
+        lines.append(f"{span:>10} {row['n']:>8}   {row['accuracy']:>7.1%} {row['steps']:>7.2f}")
+    return "\n".join(lines)

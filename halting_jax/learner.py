@@ -1,0 +1,256 @@
+"""The optimiser step, many of them in one compiled call.
+
+Every device draws its own rows, leaves its ponder loops when its own rows have halted, and only
+the sums behind means and the gradients are added over the devices.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from common.errors import UserError
+from common.spmd import ROWS, WHOLE, spmd, sum_over_devices
+from halting_jax.objective import Objective, Scored
+from halting_jax.ponder_sums import PonderSums, ponder_sums
+from halting_jax.types import Batch, Model, Params, Ratio, Task
+
+# (key of the step, row numbers [b], what the host sent for them [b, ...]) -> Batch
+Draw = Callable[[jax.Array, jax.Array, Any], Batch]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a checkpoint holds.
+
+    Attributes:
+      step: [] int32, optimiser steps done.
+      key: typed key of the run; step t draws from fold_in(key, t).
+      params: trained weights; ema: their running average, () when it is off.
+      opt_state: of the optimiser.
+      carry: the model's own rows [B, ...] carried from step to step, () for most.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Params
+    ema: Params
+    opt_state: Any
+    carry: Any
+
+
+@flax.struct.dataclass
+class Sums:
+    """What a call of many steps adds up for the log.
+
+    Attributes:
+      means: name -> Ratio, over all rows of all steps.
+      ponder: distribution of the ponder steps, of the limit halts and of the remainders.
+      steps: [] optimiser steps behind these sums.
+      grad_norm: [] sum of the gradient norms before clipping; nan_count, inf_count: [] int32,
+        non-finite gradient entries; anomaly_norm: [] largest finite norm at such a step.
+    """
+
+    means: dict[str, Ratio]
+    ponder: PonderSums
+    steps: jax.Array
+    grad_norm: jax.Array
+    nan_count: jax.Array
+    inf_count: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSettings:
+    """Optimiser of a run; static.
+
+    Attributes:
+      rate, tau: functions of the step.
+      adam: "adamw" (decay decoupled) or "adam" without decay.
+      weight_decay: decoupled decay times the rate, on all parameters unless decay_mask.
+      decay_mask: True spares biases, norms, embeddings and one-row kernels (everything below two
+        axes, and names with "embedding").
+      clip_norm: largest global gradient norm; 0 = off.
+      ema_decay: of the running average; 0 = none is kept.
+      freeze_steps: the halting unit gets no update and no decay before this step.
+    """
+
+    rate: Callable[[Any], jax.Array]
+    tau: Callable[[Any], jax.Array]
+    weight_decay: float = 0.0
+    decay_mask: bool = False
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+    freeze_steps: int = 0
+
+
+def named_leaves(tree: Any) -> Any:
+    """The same tree with every leaf's name, joined by "/", in its place."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
+    )
+
+
+def make_optimizer(settings: OptimSettings) -> optax.GradientTransformation:
+    """Clipping, Adam moments, decoupled decay; the rate is applied by the step itself."""
+    parts: list[optax.GradientTransformation] = []
+    if settings.clip_norm:
+        parts.append(optax.clip_by_global_norm(settings.clip_norm))
+    parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
+    if settings.weight_decay:
+        mask = _decayed if settings.decay_mask else None
+        parts.append(optax.add_decayed_weights(settings.weight_decay, mask))
+    return optax.chain(*parts)
+
+
+def _decayed(params: Params) -> Any:
+    return jax.tree.map(
+        lambda x, name: x.ndim >= 2 and "embedding" not in name, params, named_leaves(params)
+    )
+
+
+def init_state(
+    model: Model, settings: OptimSettings, seed: int, carry: Callable[[], Any] = lambda: ()
+) -> TrainState:
+    """The state before any step, as `seed` draws it."""
+    key = jax.random.key(seed)
+    params = model.init(jax.random.fold_in(key, 0))
+    return TrainState(
+        step=jnp.int32(0),
+        key=jax.random.fold_in(key, 1),
+        params=params,
+        # A copy: the state is donated, and one buffer cannot be given away twice.
+        ema=jax.tree.map(jnp.copy, params) if settings.ema_decay else (),
+        opt_state=make_optimizer(settings).init(params),
+        carry=carry(),
+    )
+
+
+def global_loss(scored: Scored) -> tuple[jax.Array, dict[str, Ratio]]:
+    """This shard's part of the loss, and every term as a mean over all shards."""
+    value, means = jnp.zeros(()), {}
+    for name, term in scored.terms.items():
+        count = sum_over_devices(jax.lax.stop_gradient(term.ratio.count))
+        value += term.weight * term.ratio.total / jnp.maximum(count, 1)
+        means[name] = term.ratio
+    return value, means
+
+
+def make_step(
+    task: Task, model: Model, objective: Objective, settings: OptimSettings
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """One optimiser step of one shard: (state, its rows) -> (state, this step's sums)."""
+    optimizer = make_optimizer(settings)
+    halting = re.compile(model.halting_path) if model.halting_path else None
+    if settings.freeze_steps and halting is None:
+        raise UserError("config key act.halt_warmup_steps: this model has no halting unit")
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(state.key, state.step)
+        tau = settings.tau(state.step)
+
+        def loss(params: Params) -> tuple[jax.Array, tuple[Scored, dict[str, Ratio]]]:
+            scored = objective(params, state.carry, batch, key, tau)
+            value, means = global_loss(scored)
+            return value, (scored, means)
+
+        grads, (scored, means) = jax.grad(loss, has_aux=True)(state.params)
+        grads = sum_over_devices(grads)
+        norm = optax.global_norm(grads)
+        leaves = jax.tree.leaves(grads)
+        if settings.freeze_steps:
+            frozen = state.step < settings.freeze_steps
+            assert halting is not None
+
+            def thaw(name: str, x: jax.Array) -> jax.Array:
+                return jnp.where(frozen, 0.0, x) if halting.search(name) else x
+
+            names = named_leaves(state.params)
+            grads = jax.tree.map(thaw, names, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if settings.freeze_steps:
+            updates = jax.tree.map(thaw, names, updates)
+        rate = settings.rate(state.step)
+        updates = jax.tree.map(lambda u: -rate * u, updates)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if settings.ema_decay:
+            ema = optax.incremental_update(params, state.ema, 1.0 - settings.ema_decay)
+        means |= task.metrics(scored.outputs.logits, scored.used) | scored.extra
+        sums = Sums(
+            means=jax.lax.stop_gradient(means),
+            ponder=ponder_sums(scored.outputs.ponder, model.max_steps),
+            steps=jnp.int32(1),
+            grad_norm=norm,
+            nan_count=sum((jnp.sum(jnp.isnan(g)) for g in leaves), jnp.int32(0)),
+            inf_count=sum((jnp.sum(jnp.isinf(g)) for g in leaves), jnp.int32(0)),
+        )
+        new = TrainState(state.step + 1, state.key, params, ema, opt_state, scored.carry)
+        return new, sums
+
+    return step
+
+
+def compile_steps(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
+    draw: Draw,
+    mesh: Mesh,
+    mode: str = "jit",
+) -> Callable[[TrainState, jax.Array, Any, int], tuple[TrainState, Sums]]:
+    """Compiles run(state, row_ids [B], sent [B, k, ...], count) -> (state, sums).
+
+    The number of steps is an argument, so a run of any cadence is one program.
+
+    Args:
+      step: of `make_step`.
+      draw: makes a batch inside the program; sent[:, i] goes to step i.
+      mesh, mode: see `common.spmd`.
+    """
+
+    def run(
+        fixed: TrainState, carry: Any, row_ids: jax.Array, sent: Any, count: jax.Array
+    ) -> tuple[TrainState, Any, Sums]:
+        state = dataclasses.replace(fixed, carry=carry)
+
+        def batch_of(state: TrainState, i: jax.Array) -> Batch:
+            part = jax.tree.map(lambda x: jnp.take(x, i, axis=1), sent)
+            # Apart from the key of the objective, which may draw as well.
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0x0DA7A)
+            return draw(key, row_ids, part)
+
+        def body(i: jax.Array, loop: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
+            state, sums = loop
+            state, new = step(state, batch_of(state, i))
+            return state, jax.tree.map(jnp.add, sums, new)
+
+        shapes = jax.eval_shape(lambda: step(state, batch_of(state, jnp.int32(0)))[1])
+        start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        state, sums = jax.lax.fori_loop(0, count, body, (state, start))
+        # The norms and counts of the gradient are equal on all devices already.
+        shared = dataclasses.replace(
+            sums, means=sum_over_devices(sums.means), ponder=sum_over_devices(sums.ponder)
+        )
+        return dataclasses.replace(state, carry=()), state.carry, shared
+
+    compiled = spmd(
+        run,
+        mesh,
+        (WHOLE, ROWS, ROWS, ROWS, WHOLE),
+        (WHOLE, ROWS, WHOLE),
+        mode=mode,
+        donate=(0, 1),
+    )
+
+    def call(
+        state: TrainState, row_ids: jax.Array, sent: Any, count: int
+    ) -> tuple[TrainState, Sums]:
+        fixed = dataclasses.replace(state, carry=())
+        fixed, carry, sums = compiled(fixed, state.carry, row_ids, sent, jnp.int32(count))
+        return dataclasses.replace(fixed, carry=carry), sums
+
+    return call
