@@ -7,13 +7,14 @@ A layer's parameters are one dict
 
     norm_attn/scale [D]   attn/q/kernel [D, H, K]   attn/{k,v}/kernel [D, H_kv, K]
     attn/o/kernel [H, K, D]   attn/{q,k}_norm/scale [K] (optional)
+    attn/q/bias [H, K]    attn/{k,v}/bias [H_kv, K] (optional)
     norm_mlp/scale [D]    mlp/{gate,up}/kernel [D, I]   mlp/down/kernel [I, D]
 
 and a stack of layers is the same dict with a leading layer axis, run by `jax.lax.scan`.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 Params = Mapping[str, Any]
 UNROLL_LAYERS = 8
 KeyValue = tuple[jax.Array, jax.Array]  # keys, values: each [B, S, H_kv, K]
+Extra = TypeVar("Extra")
 
 
 class Rope(NamedTuple):
@@ -37,9 +39,23 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Rope:
-    """Rotary angles p * theta^(-2j/K) for positions [B, L] int32, in float32."""
+def rope_angles(
+    positions: jax.Array, head_dim: int, theta: float, divisors: Sequence[float] | None = None
+) -> Rope:
+    """Rotary angles p * theta^(-2j/K) / divisor_j for positions [B, L] int32, in float32.
+
+    Args:
+      positions: [B, L] int32.
+      head_dim: K.
+      theta: base of the frequencies.
+      divisors: K/2 numbers by which a scaled variant slows the frequencies; None = none.
+
+    Returns:
+      The angles' cosines and sines.
+    """
     inv_freq = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)  # [K/2]
+    if divisors is not None:
+        inv_freq = inv_freq / jnp.asarray(divisors, jnp.float32)
     angles = positions.astype(jnp.float32)[..., None] * inv_freq  # [B, L, K/2]
     return Rope(jnp.cos(angles), jnp.sin(angles))
 
@@ -67,14 +83,78 @@ def merge_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return dense(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
 
 
+class Context(NamedTuple):
+    """Keys and values in cache layout, and which of them a query may see.
+
+    Heads lie in front of positions and keys are transposed: the layout in which no step of a
+    decoder transposes a cache and the CPU's batched matmul is fastest.
+
+    Attributes:
+      key: [B, H_kv, K, S], rotated.
+      value: [B, H_kv, S, K].
+      mask: bool, broadcastable to [B, T, S], True = may attend; None = everything.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array | None
+
+
+def cache_layout(key: jax.Array, value: jax.Array) -> KeyValue:
+    """Keys and values [B, S, H_kv, K] as the [B, H_kv, K, S] and [B, H_kv, S, K] of a Context."""
+    return key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
+
+
+def attend(query: jax.Array, *contexts: Context) -> jax.Array:
+    """Grouped-query attention with 1/sqrt(K) scaling and one float32 softmax over all contexts.
+
+    Scores of several contexts are joined, not their keys: scores are smaller by the head size.
+
+    Args:
+      query: [B, T, H, K], rotated; query head h uses key head h // (H / H_kv).
+      contexts: at least one. A query that may attend to nothing gives finite, meaningless output.
+
+    Returns:
+      [B, T, H, K] in query's dtype.
+    """
+    batch, length, heads, head_dim = query.shape
+    groups = contexts[0].key.shape[1]
+    q = query.transpose(0, 2, 1, 3).reshape(batch, groups, -1, head_dim)  # [B, H_kv, g*T, K]
+    lowest = jnp.finfo(jnp.float32).min
+
+    def scores_of(context: Context) -> jax.Array:
+        scores = jnp.matmul(q, context.key, preferred_element_type=jnp.float32) * head_dim**-0.5
+        if context.mask is None:
+            return scores  # [B, H_kv, g*T, S]
+        grid = scores.reshape(batch, groups, -1, length, context.key.shape[3])
+        return jnp.where(context.mask[:, None, None], grid, lowest).reshape(scores.shape)
+
+    scores = [scores_of(context) for context in contexts]
+    if len(contexts) == 1:
+        weights = jax.nn.softmax(scores[0], axis=-1).astype(query.dtype)
+        out = jnp.matmul(weights, contexts[0].value)
+    else:
+        peak = jnp.stack([part.max(-1, keepdims=True) for part in scores]).max(0)
+        powers = [jnp.exp(part - peak) for part in scores]
+        total = sum(part.sum(-1, keepdims=True) for part in powers)
+        parts = [
+            jnp.matmul(power.astype(query.dtype), context.value)
+            for power, context in zip(powers, contexts, strict=True)
+        ]
+        out = sum(parts[1:], parts[0]) / jnp.asarray(total).astype(query.dtype)
+    return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     mask: jax.Array | None,
     impl: str = "auto",
+    *,
+    causal: bool = False,
 ) -> jax.Array:
-    """Grouped-query attention with 1/sqrt(K) scaling and a float32 softmax.
+    """`attend` over keys and values [B, S, H_kv, K] that are not kept, by the fastest kernel.
 
     Args:
       query: [B, T, H, K].
@@ -82,11 +162,14 @@ def attention(
       mask: bool, broadcastable to [B, T, S]; True = may attend. A row without any True gives
         finite, meaningless output.
       impl: "auto" | "xla" | "cudnn". "auto" takes cuDNN on a GPU with 16-bit inputs.
+      causal: instead of a mask: query t sees keys 0..t.
 
     Returns:
       [B, T, H, K] in query's dtype.
     """
-    batch, length, num_heads, head_dim = query.shape
+    batch, length, _, head_dim = query.shape
+    if causal and mask is not None:
+        raise ValueError("attention takes a mask or causal=True, not both")
     if impl == "auto":
         half = query.dtype in (jnp.bfloat16, jnp.float16)
         impl = "cudnn" if half and head_dim <= 128 and jax.default_backend() == "gpu" else "xla"
@@ -96,25 +179,25 @@ def attention(
             if mask is None
             else jnp.broadcast_to(mask[:, None], (batch, 1, length, key.shape[1]))
         )
-        return jax.nn.dot_product_attention(query, key, value, mask=full, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=full, is_causal=causal, implementation="cudnn"
+        )
     if impl != "xla":
         raise ValueError(f"attention implementation {impl!r} is none of auto, xla, cudnn")
-    num_kv = key.shape[2]
-    # Heads in front of positions: the layout in which the CPU's batched matmul is fastest.
-    q = query.transpose(0, 2, 1, 3).reshape(batch, num_kv, -1, head_dim)  # [B, H_kv, g*T, K]
-    k, v = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(q, k).astype(jnp.float32) * head_dim**-0.5  # [B, H_kv, g*T, S]
-    scores = scores.reshape(batch, num_kv, -1, length, key.shape[1])  # [B, H_kv, g, T, S]
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.matmul(weights.reshape(batch, num_kv, -1, key.shape[1]), v)
-    return out.reshape(batch, num_heads, length, head_dim).transpose(0, 2, 1, 3)
+    if causal:
+        mask = jnp.tri(length, key.shape[1], dtype=bool)[None]
+    return attend(query, Context(*cache_layout(key, value), mask))
+
+
+def project(x: jax.Array, linear: Params) -> jax.Array:
+    """x [..., D] through a linear map: kernel [D, *out] and, where there is one, bias [*out]."""
+    y = dense(x, linear["kernel"])
+    return y + linear["bias"].astype(y.dtype) if "bias" in linear else y
 
 
 def project_query(attn: Params, u: jax.Array, rope: Rope, eps: float) -> jax.Array:
     """Rotated queries [B, T, H, K] of the normalised input u [B, T, D]."""
-    query = dense(u, attn["q"]["kernel"])
+    query = project(u, attn["q"])
     if "q_norm" in attn:
         query = rms_norm(query, attn["q_norm"]["scale"], eps)
     return apply_rope(query, rope)
@@ -122,16 +205,44 @@ def project_query(attn: Params, u: jax.Array, rope: Rope, eps: float) -> jax.Arr
 
 def project_key_value(attn: Params, u: jax.Array, rope: Rope, eps: float) -> KeyValue:
     """Rotated keys and values, each [B, S, H_kv, K], of the normalised input u [B, S, D]."""
-    key = dense(u, attn["k"]["kernel"])
+    key = project(u, attn["k"])
     if "k_norm" in attn:
         key = rms_norm(key, attn["k_norm"]["scale"], eps)
-    return apply_rope(key, rope), dense(u, attn["v"]["kernel"])
+    return apply_rope(key, rope), project(u, attn["v"])
 
 
 def swiglu(mlp: Params, x: jax.Array) -> jax.Array:
     """W_down(silu(W_gate x) * W_up x) on x [..., D]."""
     hidden = jax.nn.silu(dense(x, mlp["gate"]["kernel"])) * dense(x, mlp["up"]["kernel"])
     return dense(hidden, mlp["down"]["kernel"])
+
+
+def pre_norm_layer(
+    layer: Params,
+    x: jax.Array,
+    rope: Rope,
+    eps: float,
+    attend_fn: Callable[[jax.Array, KeyValue], tuple[jax.Array, Extra]],
+) -> tuple[jax.Array, Extra]:
+    """Attention, then SwiGLU, each on normalised input and added to the residual stream.
+
+    Args:
+      layer: the parameters of one layer (module docstring).
+      x: [B, T, D].
+      rope: angles of x's positions.
+      eps: of the RMS norms.
+      attend_fn: (rotated queries [B, T, H, K], x's own keys and values) -> (attention's output
+        [B, T, H, K], anything to hand back).
+
+    Returns:
+      x after the layer [B, T, D], and what attend_fn handed back.
+    """
+    attn = layer["attn"]
+    u = rms_norm(x, layer["norm_attn"]["scale"], eps)
+    own_kv = project_key_value(attn, u, rope, eps)
+    out, extra = attend_fn(project_query(attn, u, rope, eps), own_kv)
+    x = x + merge_heads(out, attn["o"]["kernel"])
+    return x + swiglu(layer["mlp"], rms_norm(x, layer["norm_mlp"]["scale"], eps)), extra
 
 
 def transformer_layer(
@@ -144,7 +255,7 @@ def transformer_layer(
     eps: float = 1e-6,
     attn_impl: str = "auto",
 ) -> tuple[jax.Array, KeyValue]:
-    """One pre-norm layer: attention, then SwiGLU, each added to the residual stream.
+    """One pre-norm layer whose attention reads a context of given keys and its own tokens.
 
     Args:
       layer: the parameters of one layer (module docstring).
@@ -156,16 +267,15 @@ def transformer_layer(
     Returns:
       x after the layer [B, T, D], and the layer's own (keys, values) [B, T, H_kv, K].
     """
-    attn = layer["attn"]
-    u = rms_norm(x, layer["norm_attn"]["scale"], eps)
-    query = project_query(attn, u, rope, eps)
-    own_kv = project_key_value(attn, u, rope, eps)
-    key, value = own_kv
-    if context_kv is not None:
-        key = jnp.concatenate([context_kv[0].astype(key.dtype), key], axis=1)
-        value = jnp.concatenate([context_kv[1].astype(value.dtype), value], axis=1)
-    x = x + merge_heads(attention(query, key, value, mask, attn_impl), attn["o"]["kernel"])
-    return x + swiglu(layer["mlp"], rms_norm(x, layer["norm_mlp"]["scale"], eps)), own_kv
+
+    def attend_fn(query: jax.Array, own_kv: KeyValue) -> tuple[jax.Array, KeyValue]:
+        key, value = own_kv
+        if context_kv is not None:
+            key = jnp.concatenate([context_kv[0].astype(key.dtype), key], axis=1)
+            value = jnp.concatenate([context_kv[1].astype(value.dtype), value], axis=1)
+        return attention(query, key, value, mask, attn_impl), own_kv
+
+    return pre_norm_layer(layer, x, rope, eps, attend_fn)
 
 
 def run_stack(

@@ -124,8 +124,7 @@ def _key_value(weights: LayerWeights, cfg: E2D2Config, u: jax.Array, rope: Rope)
     both = layers.dense(u, weights.key_value)
     both = both.reshape(*u.shape[:2], 2, cfg.num_kv_heads, cfg.head_dim)  # [B, T, 2, H_kv, K]
     key = layers.rms_norm(both[:, :, 0], weights.key_norm, cfg.rms_eps)
-    key = layers.apply_rope(key, rope)
-    return LayerCache(key.transpose(0, 2, 3, 1), both[:, :, 1].transpose(0, 2, 1, 3))
+    return LayerCache(*layers.cache_layout(layers.apply_rope(key, rope), both[:, :, 1]))
 
 
 def _attend(
@@ -137,8 +136,6 @@ def _attend(
 ) -> jax.Array:
     """Attention of query [B, T, H, K] over cached context and the tokens themselves.
 
-    Scores of the two parts are joined, not the keys: they are smaller by the head size.
-
     Args:
         query: Rotated queries.
         own: Keys and values of the same T tokens.
@@ -149,28 +146,10 @@ def _attend(
     Returns:
         [B, T, H*K].
     """
-    batch, length, heads, head_dim = query.shape
-    groups = own.key.shape[1]
-    rows = heads // groups * length
-    q = query.transpose(0, 2, 1, 3).reshape(batch, groups, rows, head_dim)  # [B, H_kv, g*T, K]
-    lowest = jnp.finfo(jnp.float32).min
-
-    scores = jnp.matmul(q, own.key).astype(jnp.float32) * head_dim**-0.5  # [B, H_kv, g*T, T]
-    if own_mask is not None:
-        grid = scores.reshape(batch, groups, -1, length, length)
-        scores = jnp.where(own_mask[:, None, None], grid, lowest).reshape(scores.shape)
+    contexts = [layers.Context(own.key, own.value, own_mask)]
     if context is not None and context_mask is not None:
-        past = jnp.matmul(q, context.key).astype(jnp.float32) * head_dim**-0.5  # [B, H_kv, g*T, C]
-        past = jnp.where(context_mask[:, None, None], past, lowest)
-        peak = jnp.maximum(past.max(-1, keepdims=True), scores.max(-1, keepdims=True))
-        past, scores = jnp.exp(past - peak), jnp.exp(scores - peak)
-        total = past.sum(-1, keepdims=True) + scores.sum(-1, keepdims=True)
-        out = jnp.matmul(past.astype(q.dtype), context.value)
-        out = (out + jnp.matmul(scores.astype(q.dtype), own.value)) / total.astype(q.dtype)
-    else:
-        out = jnp.matmul(jax.nn.softmax(scores, axis=-1).astype(q.dtype), own.value)
-    out = out.reshape(batch, heads, length, head_dim)
-    return out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        contexts.insert(0, layers.Context(context.key, context.value, context_mask[:, None]))
+    return layers.attend(query, *contexts).reshape(*query.shape[:2], -1)
 
 
 def _layer(
