@@ -14,7 +14,8 @@ Groups (`--only`) and what stands in the column `floor`:
   episodes  episodes per second, all T steps run; `floor` is batch 1.
   score     one padded call at the training length with the head on all positions, beside a call
             at the bucketed length with the head on the canvas only. ratio = padded / bucketed.
-  decode    block decoding, tokens per second at batch 8 beside batch 1.
+  decode    block decoding, tokens per second at batch 8 beside batch 1, and the same of the bare
+            matrix products of a pass: more rows cannot gain more than the products do.
 
 `compile s` counts the first calls of both sides; `traces` how often their Python was traced by
 then, and `later` what the rounds added: 0 = nothing was compiled again.
@@ -370,31 +371,55 @@ def score_rows(sizes: Sizes, repeats: int) -> list[Row]:
 
 
 def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
-    """Tokens per second of block decoding at batch 1 and at a larger one."""
+    """Tokens per second of block decoding at batch 1 and at a larger one.
+
+    At the bundled model's sizes a step of one row is mostly overhead; with a large vocabulary it is
+    products, whose own gain from more rows is measured beside it.
+    """
     batch, width, gen_len, block_size = sizes.decode
-    cfg = network(sizes, block_size, width + gen_len, "blockwise")
-    params = e2d2.init_params(jax.random.key(0), cfg)
-    weights = jax.jit(decode_weights, static_argnums=1)(params, cfg)
-    settings = DecodeSettings(stop_at_eos=False)
-    prompt = np.random.default_rng(0).integers(0, cfg.pad_id, (batch, width)).astype(np.int32)
-    counter = TraceCounter()
-    run = counter.jit(
-        lambda weights, ids: (
-            generate(
-                weights,
-                cfg,
-                ids,
-                jnp.full(ids.shape[0], width),
-                max_new_tokens=gen_len,
-                settings=settings,
+    small = dataclasses.replace(sizes, vocab=sizes.small_vocab, width=sizes.small_width)
+    rows = []
+    for title, shape in (("bundled sizes", small), (f"V={sizes.vocab}", sizes)):
+        cfg = network(shape, block_size, width + gen_len, "blockwise")
+        params = e2d2.init_params(jax.random.key(0), cfg)
+        weights = jax.jit(decode_weights, static_argnums=1)(params, cfg)
+        settings = DecodeSettings(stop_at_eos=False)
+        prompt = np.random.default_rng(0).integers(0, cfg.pad_id, (batch, width)).astype(np.int32)
+        counter = TraceCounter()
+
+        def decode(weights: Any, ids: jax.Array, cfg: Any = cfg, settings: Any = settings) -> Any:
+            lengths = jnp.full(ids.shape[0], width)
+            return generate(
+                weights, cfg, ids, lengths, max_new_tokens=gen_len, settings=settings
             ).tokens
-        )
-    )
-    things = {str(b): functools.partial(run, weights, jnp.asarray(prompt[:b])) for b in (1, batch)}
-    timings = take_turns(things, repeats, counter)
-    name = f"decode tokens/s, batch {batch} / 1"
-    row = rates(name, timings, ("1", gen_len), (str(batch), batch * gen_len))
-    return [dataclasses.replace(row, bar=4.0)]
+
+        def products(weights: Any, x: jax.Array, calls: int = gen_len) -> Any:
+            """Every matrix of a decoder pass, as many rows as it has tokens, once per pass."""
+            layers = [m for layer in weights.decoder for m in layer if m.ndim == 2]
+            head = weights.embedding.T if weights.head is None else weights.head
+
+            def one_pass(_: jax.Array, x: jax.Array) -> jax.Array:
+                for m in (*layers, head):
+                    wide = jnp.tile(x, (1, -(-m.shape[0] // x.shape[1])))[:, : m.shape[0]]
+                    # The sum is carried on, so that no product can be left out.
+                    x = x + 1e-6 * jnp.mean(wide @ m)
+                return x
+
+            return jax.lax.fori_loop(0, calls, one_pass, x)
+
+        run, bare = counter.jit(decode), counter.jit(products)
+        things: dict[str, Callable[[], Any]] = {}
+        for b in (1, batch):
+            x = jnp.ones((b * block_size, shape.width))
+            things[str(b)] = functools.partial(run, weights, jnp.asarray(prompt[:b]))
+            things[f"products {b}"] = functools.partial(bare, weights, x)
+        timings = take_turns(things, repeats, counter)
+        name = f"decode tokens/s {title}, batch {batch} / 1"
+        row = rates(name, timings, ("1", gen_len), (str(batch), batch * gen_len))
+        rows.append(dataclasses.replace(row, bar=4.0))
+        base, other = ("products 1", block_size), (f"products {batch}", batch * block_size)
+        rows.append(rates(f"bare products rows/s {title}, {batch} / 1", timings, base, other))
+    return rows
 
 
 MEASURES: dict[str, Callable[[Sizes, int], list[Row]]] = {

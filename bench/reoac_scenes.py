@@ -33,6 +33,7 @@ class Sizes:
       embedded: algorithms measured on the bundled backbone.
       random: (algorithm, score mode) measured on a random E2D2.
       vocab: of the random E2D2; width, layers: its D and (encoder, decoder) depths.
+      small_vocab, small_width: of a network of the bundled model's size.
       large, large_update: (B, P, G, T) of its rollouts, and of its update and micro-batches.
       features: (B, P, G).
       batches: of the episodes per second.
@@ -54,6 +55,8 @@ class Sizes:
     vocab: int = 50258
     width: int = 256
     layers: tuple[int, int] = (4, 2)
+    small_vocab: int = 768
+    small_width: int = 128
     large: tuple[int, int, int, int] = (4, 64, 64, 4)
     large_update: tuple[int, int, int, int] = (16, 32, 64, 2)
     features: tuple[int, int, int] = (16, 256, 128)
@@ -72,6 +75,8 @@ TINY = Sizes(
     vocab=96,
     width=16,
     layers=(1, 1),
+    small_vocab=64,
+    small_width=16,
     large=(2, 8, 8, 2),
     large_update=(2, 8, 8, 2),
     features=(2, 12, 8),

@@ -226,11 +226,15 @@ def commit(
         The extended caches.
     """
     x, rope = weights.embedding[ids], rope_of(cfg, positions)
-    encoder = []
+    new = []
     for layer, cache in zip(weights.encoder, caches.encoder, strict=True):
         context = None if context_mask is None else cache
         x, own = _layer(layer, cfg, x, rope, own_mask, context, context_mask)
-        encoder.append(_write(cache, own, start))
+        new.append(own)
+    # Nothing else says that the caches are read before they are written, and a compiler that
+    # cannot see it copies every one of them.
+    x, new = jax.lax.optimization_barrier((x, new))
+    encoder = [_write(cache, own, start) for cache, own in zip(caches.encoder, new, strict=True)]
     decoder = []
     if caches.decoder:
         hidden = layers.rms_norm(x, weights.encoder_norm, cfg.rms_eps)
@@ -240,7 +244,7 @@ def commit(
     return Caches(tuple(encoder), tuple(decoder))
 
 
-def denoise_logits(
+def denoise_hidden(
     weights: DecodeWeights,
     cfg: E2D2Config,
     ids: jax.Array,
@@ -248,7 +252,7 @@ def denoise_logits(
     caches: Caches,
     context_mask: jax.Array,
 ) -> jax.Array:
-    """Decoder logits of one block given its context.
+    """Decoder states of one block given its context, ready for `head_logits`.
 
     Args:
         weights: From `decode_weights`.
@@ -259,12 +263,16 @@ def denoise_logits(
         context_mask: bool [B, C] filled columns.
 
     Returns:
-        [B, S, V] float32 raw logits.
+        [B, S, D].
     """
     context = tuple(caches.encoder[i] for i in cfg.kv_layers) if cfg.share_kv else caches.decoder
     x = weights.embedding[ids]
     for layer, cache in zip(weights.decoder, context, strict=True):
         x, _ = _layer(layer, cfg, x, rope, None, cache, context_mask)
-    x = layers.rms_norm(x, weights.decoder_norm, cfg.rms_eps)
+    return layers.rms_norm(x, weights.decoder_norm, cfg.rms_eps)
+
+
+def head_logits(weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
+    """Raw logits [..., V] float32 of decoder states [..., D]."""
     kernel = weights.embedding.T if weights.head is None else weights.head
-    return layers.dense(x, kernel).astype(jnp.float32)
+    return layers.dense(hidden, kernel).astype(jnp.float32)

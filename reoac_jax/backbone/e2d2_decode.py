@@ -16,15 +16,22 @@ import jax.numpy as jnp
 from common.errors import UserError
 from common.lm.layers import Params
 from reoac_jax.backbone import noise
-from reoac_jax.backbone.denoising import DecodeSettings, posterior_step, predict_step
+from reoac_jax.backbone.denoising import (
+    DecodeSettings,
+    posterior_step,
+    predict_open_step,
+    predict_step,
+    reads_open_only,
+)
 from reoac_jax.backbone.e2d2 import E2D2Config
 from reoac_jax.backbone.e2d2_cache import (
     Caches,
     DecodeWeights,
     commit,
     decode_weights,
-    denoise_logits,
+    denoise_hidden,
     empty_caches,
+    head_logits,
     rope_of,
 )
 
@@ -281,14 +288,20 @@ def _denoise_block(
         return (ids == cfg.mask_id) & ~state.done[:, None]
 
     def body(inner: _Denoising) -> _Denoising:
-        logits = denoise_logits(weights, cfg, inner.ids, rope, state.caches, context_mask)
+        hidden = denoise_hidden(weights, cfg, inner.ids, rope, state.caches, context_mask)
         trace = inner.trace
+        masked = open_positions(inner.ids)
+        count = state.block * num_steps + inner.step
+        keys = jax.vmap(lambda k: jax.random.fold_in(k, count))(row_keys)
+        if trace is None and reads_open_only(settings):
+            head = functools.partial(head_logits, weights)
+            share = noise_share[inner.step]
+            token, write = predict_open_step(head, hidden, masked, share, keys, cfg, settings)
+            return _Denoising(inner.step + 1, jnp.where(masked & write, token, inner.ids), None)
+        logits = head_logits(weights, hidden)
         if trace is not None:
             at = state.decoder_calls + inner.step
             trace = Trace(trace.tokens.at[at].set(inner.ids), trace.logits.at[at].set(logits))
-        count = state.block * num_steps + inner.step
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, count))(row_keys)
-        masked = open_positions(inner.ids)
         if settings.strategy == "posterior":
             alphas = (alpha[inner.step], alpha[inner.step + 1])
             last = inner.step == num_steps - 1

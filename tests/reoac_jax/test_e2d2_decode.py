@@ -10,7 +10,12 @@ import pytest
 
 from common.errors import UserError
 from reoac_jax.backbone import e2d2, e2d2_decode
-from reoac_jax.backbone.denoising import DecodeSettings, posterior_step, predict_step
+from reoac_jax.backbone.denoising import (
+    DecodeSettings,
+    posterior_step,
+    predict_open_step,
+    predict_step,
+)
 from reoac_jax.backbone.e2d2 import E2D2Config
 from reoac_jax.backbone.e2d2_cache import decode_weights
 from reoac_jax.backbone.e2d2_decode import generate
@@ -309,3 +314,20 @@ def test_settings_are_checked():
         DecodeSettings(strategy="guess")
     with pytest.raises(UserError, match="key"):
         run("last_hidden", PROMPTS, greedy=False)
+
+
+@pytest.mark.parametrize("confidence", ["probability", "none"])
+@pytest.mark.parametrize("share_open", [0.0, 0.1, 0.5, 1.0])
+def test_head_on_masked_positions_alone_changes_nothing(confidence, share_open):
+    rng = np.random.default_rng(3)
+    batch, size, width = 5, 4, 6
+    hidden = jnp.asarray(rng.normal(size=(batch, size, width)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(width, BASE.vocab_size)), jnp.float32)
+    masked = jnp.asarray(rng.random((batch, size)) < share_open)
+    settings = DecodeSettings(confidence=confidence, threshold=0.6)
+    keys = jax.random.split(jax.random.key(1), batch)
+    rest = jnp.int32(1), keys, BASE, settings
+    token, write = predict_step(hidden @ kernel, masked, *rest)
+    found, chosen = predict_open_step(lambda x: x @ kernel, hidden, masked, *rest)
+    np.testing.assert_array_equal(chosen & masked, write & masked)
+    np.testing.assert_array_equal(jnp.where(masked, found, 0), jnp.where(masked, token, 0))
