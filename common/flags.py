@@ -1,7 +1,7 @@
 """Command-line flags: one config file with overrides, and one-line errors for every bad input.
 
-A main module calls `define_flags(...)` at import and ends with `flags.run(main)`. The config file
-is loaded once, by `parse`; its values are then overridden by `--config.section.key=value`.
+A main module, run as a program, calls `define_flags(...)` and then `flags.run(main)`. The config
+file is loaded once, by `parse`; `--config.section.key=value` then overrides its values.
 """
 
 import difflib

@@ -19,7 +19,6 @@ from common.rundir import RunDir
 from common.runs import discard_empty, find_or_create
 
 MODES = ("train", "eval", "prep", "pretrain", "viz")
-flags.define_flags("configs/gsm8k.py", MODES)
 
 
 def main(argv: list[str]) -> int:
@@ -92,6 +91,7 @@ def _start(mode: str, config: ConfigDict, run: RunDir, on_start: Callable[[], No
 
 
 if __name__ == "__main__":
+    flags.define_flags("configs/gsm8k.py", MODES)
     # ConfigDict.update is a method, so the section of the original's name is `updates` here.
     sys.argv = [a.replace("--config.update.", "--config.updates.", 1) for a in sys.argv]
     flags.run(main)

@@ -43,10 +43,12 @@ PAPER = (
 MEASURED = ("time/", "speed/", "memory/")
 
 
-def start(*args: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[str]:
-    """`python -m reoac_jax.main args` in a process of its own."""
+def start(
+    *args: str, cwd: Path | None = None, module: str = "reoac_jax.main", **env: str
+) -> subprocess.Popen[str]:
+    """`python -m module args` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "reoac_jax.main", *args],
+        [sys.executable, "-m", module, *args],
         cwd=cwd or REPOSITORY,
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
@@ -55,9 +57,11 @@ def start(*args: str, cwd: Path | None = None, **env: str) -> subprocess.Popen[s
     )
 
 
-def run(*args: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *args: str, cwd: Path | None = None, module: str = "reoac_jax.main", **env: str
+) -> subprocess.CompletedProcess[str]:
     """The same, to its end."""
-    process = start(*args, cwd=cwd, **env)
+    process = start(*args, cwd=cwd, module=module, **env)
     try:
         out, err = process.communicate(timeout=280)
     except subprocess.TimeoutExpired:
@@ -66,9 +70,15 @@ def run(*args: str, cwd: Path | None = None, **env: str) -> subprocess.Completed
     return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
-def stop_at_step(workdir: Path, step: int, number: signal.Signals, *args: str) -> int:
+def stop_at_step(
+    workdir: Path,
+    step: int,
+    number: signal.Signals,
+    *args: str,
+    module: str = "reoac_jax.main",
+) -> int:
     """Start a run, send it a signal once checkpoint `step` is there, and return its status."""
-    process = start(f"--workdir={workdir}", *args)
+    process = start(f"--workdir={workdir}", *args, module=module)
     limit = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < limit:
         if (workdir / "checkpoints" / str(step) / "summary.json").exists():
