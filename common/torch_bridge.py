@@ -54,6 +54,14 @@ SAME = Layout(lambda tensor, shape: tensor, lambda param: param, lambda shape: s
 """Norm scales, biases, embeddings: stored alike on both sides."""
 
 
+FLATTENED = Layout(
+    lambda tensor, shape: tensor.reshape(shape),
+    lambda param: param.reshape(-1),
+    lambda shape: (math.prod(shape),),
+)
+"""A bias over heads: torch [H * K] against a Flax [H, K]."""
+
+
 def linear(input_axes: int = 1) -> Layout:
     """Layout of a linear map: torch [out, in] against a Flax kernel [*in, *out].
 
@@ -110,18 +118,22 @@ def import_state(
     rules: Sequence[Rule],
     expected_shapes: Mapping[str, Shape],
     allow: Sequence[str] = (),
+    place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
     """Builds a Flax parameter tree from named tensors.
 
     Args:
-        tensors: Tensors under the names of the PyTorch module.
+        tensors: Tensors under the names of the PyTorch module. Anything with a `shape` that NumPy
+            can convert will do; it is converted once and not held.
         rules: The name table.
         expected_shapes: Shape of every Flax parameter by path `a/b/c`; stacked parameters carry
             the number of layers on axis 0.
         allow: Shell-style patterns of tensor names that may be present and are ignored.
+        place: (path, parameter in the file's dtype) -> what to put into the tree, for instance an
+            array on a device; None = float32 copies. Called for one parameter after the other.
 
     Returns:
-        Nested dictionary of float32 arrays with exactly the expected paths and shapes.
+        Nested dictionary of arrays with exactly the expected paths and shapes.
 
     Raises:
         UserError: A tensor is unknown, missing, mis-shaped or given twice; the message names it.
@@ -139,13 +151,25 @@ def import_state(
                 f"tensor '{name}' has shape {tuple(tensor.shape)}, but parameter "
                 f"'{slot.rule.path}' needs {tuple(wanted)}"
             )
-    flat = {path: np.empty(shape, np.float32) for path, shape in expected_shapes.items()}
+    parts: dict[str, list[str]] = {path: [] for path in expected_shapes}
     for name, slot in slots.items():
         if name not in tensors:
             raise UserError(f"missing tensor '{name}' for parameter '{slot.rule.path}'")
-        value = slot.rule.layout.to_flax(np.asarray(tensors[name]), slot.shape)
-        index = () if slot.layer is None else slot.layer
-        flat[slot.rule.path][index] = value
+        parts[slot.rule.path].append(name)
+    flat: dict[str, Any] = {}
+    for path, names in parts.items():
+        values = (
+            slots[name].rule.layout.to_flax(np.asarray(tensors[name]), slots[name].shape)
+            for name in names
+        )
+        stacked = any(slots[name].layer is not None for name in names) or not names
+        if stacked:
+            value = np.empty(expected_shapes[path], np.float32)
+            for layer, part in enumerate(values):
+                value[layer] = part
+        else:
+            value = next(values)
+        flat[path] = np.array(value, np.float32) if place is None else place(path, value)
     return unflatten(flat)
 
 

@@ -1,1 +1,1 @@
-"""Transformer building blocks shared by every language model of this repository."""
+"""Transformer layers shared by every network, and one decoder-only language model on them."""
