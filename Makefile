@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 ARGS   ?=
+# Test processes; most of a test's time is compilation, which uses one core.
+WORKERS ?= 2
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 # The CUDA set where there is an NVIDIA driver, else the CPU set; REQUIREMENTS=FILE overrides.
 ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
@@ -18,9 +21,9 @@ OVERRIDES := $(wildcard $(REQUIREMENTS:.txt=-overrides.txt))
 STAMP     := $(VENV)/.installed-$(notdir $(REQUIREMENTS))
 INCLUDED  := requirements-test.txt $(filter-out requirements-test.txt,$(shell sed -n 's/^-r //p' $(REQUIREMENTS) 2>/dev/null))
 
-SOURCES := $(wildcard common reoac_jax configs bench)
+SOURCES := $(wildcard common reoac_jax halting_jax configs bench)
 
-.PHONY: setup demo test test-all bench lint check-requirements clean
+.PHONY: setup demo demo-halting test test-all bench lint check-requirements clean
 
 setup: $(STAMP)
 
@@ -46,17 +49,21 @@ $(STAMP): $(REQUIREMENTS) $(OVERRIDES) $(INCLUDED)
 demo: setup
 	$(PY) -m reoac_jax.main --config=configs/gsm8k.py $(ARGS)
 
+demo-halting: setup
+	$(PY) -m halting_jax.main --config=configs/halting_parity.py --workdir=runs/halting_demo $(ARGS)
+	$(PY) -m halting_jax.viewer --checkpoint runs/halting_demo --html runs/halting_demo/page.html
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(SOURCES)
 
 test: lint
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 # Tests marked gpu, torch, vllm or slurm skip themselves, with the reason, where they cannot run.
 test-all: lint
-	JAX_PLATFORMS=$(TEST_PLATFORMS) $(PY) -m pytest $(ARGS)
+	JAX_PLATFORMS=$(TEST_PLATFORMS) $(PYTEST) $(ARGS)
 
 bench: setup
 	$(PY) -m bench.reoac_rollout $(ARGS)

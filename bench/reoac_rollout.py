@@ -418,7 +418,7 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
         row = rates(name, timings, ("1", gen_len), (str(batch), batch * gen_len))
         rows.append(dataclasses.replace(row, bar=4.0))
         base, other = ("products 1", block_size), (f"products {batch}", batch * block_size)
-        rows.append(rates(f"bare products rows/s {title}, {batch} / 1", timings, base, other))
+        rows.append(rates(f"decode, bare products {title}, {batch} / 1", timings, base, other))
     return rows
 
 

@@ -37,7 +37,10 @@ def _missing(mark: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what this machine cannot run, with the reason."""
+    """Skips what this machine cannot run, with the reason; slow tests get more time."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))
     for mark in ("gpu", "torch", "vllm", "slurm"):
         marked = [item for item in items if item.get_closest_marker(mark)]
         reason = _missing(mark) if marked else ""
