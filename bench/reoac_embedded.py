@@ -20,10 +20,11 @@ import numpy as np
 from common import dist, log
 from common.flags import load_config
 from common.rundir import RunDir, atomic_write_json
+from common.statistics import mean_interval, wilson_interval
 from reoac_jax.data import load_prompts
 from reoac_jax.defaults import finalize
 from reoac_jax.engine import compile_rollout
-from reoac_jax.evaluate import Evaluation, mean_interval, run_policy, wilson_interval
+from reoac_jax.evaluate import Evaluation, run_policy
 from reoac_jax.evaluation_mode import load_learner
 from reoac_jax.learner import LearnerSettings
 from reoac_jax.models import Models, load_models

@@ -42,10 +42,9 @@ def get_config(variant: str = "") -> ConfigDict:
     else:
         c.task.sequence_length = 3
         c.task.max_digits = 2
-        c.model.hidden_size = 128
+        c.model.hidden_size = 64
         c.act.time_limit = 10
-        c.data.batch_size = 64
-        c.optim.lr = 2e-3
+        c.optim.lr = 3e-3
         c.optim.schedule = "cosine"
         c.optim.warmup_steps = 200
         c.optim.clip_norm = 1.0

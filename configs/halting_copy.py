@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(v for v in VARIANTS if v)}")
     c = get_default_config()
+    c.task.position_offset = -1 if variant == "paper" else 0
     c.logging.exp_name = f"halting_copy_{variant or 'cpu'}"
     c.task.name = "copy"
     c.model.type = "universal_transformer"

@@ -35,19 +35,21 @@ def get_config(variant: str = "") -> ConfigDict:
     c.act.time_limit = 10
     c.data.batch_size = 128
     c.optim.lr = 3e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 200
     c.optim.clip_norm = 1.0
-    c.train.max_steps = 12000
+    c.train.max_steps = 30000
     c.train.log_every = 250
-    c.eval.every = 2000
+    c.eval.every = 5000
     if variant == "bits8":
         c.task.bits = 8
-        c.train.max_steps = 4000
+        c.train.max_steps = 20000
     elif variant in ("random8", "ponder8"):
         c.task.bits = 8
         c.task.placement = "random"
-        c.optim.lr = 1e-3
+        c.task.near_ood_bits = c.task.ood_bits = -1
+        c.optim.lr = 2e-3
         c.train.max_steps = 25000
-        c.eval.every = 5000
         if variant == "ponder8":
             c.act.kind = "pondernet"
     elif variant == "runbook":
@@ -56,12 +58,17 @@ def get_config(variant: str = "") -> ConfigDict:
         c.act.time_limit = 20
         c.data.batch_size = 64
         c.optim.lr = 1e-4
+        c.optim.schedule = "constant"
+        c.optim.warmup_steps = 0
         c.optim.clip_norm = 0.0
         c.train.max_steps = 200000
         c.eval.every = 10000
     elif variant == "paper":
         c.task.bits = 64
         c.task.placement = "random"
+        c.task.near_ood_bits = c.task.ood_bits = -1
+        c.optim.schedule = "constant"
+        c.optim.warmup_steps = 0
         c.act.time_limit = 100
         c.optim.lr = 1e-4
         c.optim.clip_norm = 0.0
@@ -72,6 +79,7 @@ def get_config(variant: str = "") -> ConfigDict:
         c.model.hidden_size = 16
         c.data.batch_size = 16
         c.act.time_limit = 4
+        c.optim.warmup_steps = 5
         c.train.max_steps = 60
         c.train.log_every = 10
         c.eval.every = 20

@@ -31,6 +31,7 @@ _TASK_SIZES = (
     "train_max_length",
     "eval_min_length",
     "eval_max_length",
+    "position_offset",
     "max_terms",
     "test_max_digits",
 )

@@ -34,8 +34,8 @@ def get_default_config() -> ConfigDict:
     c.task.name = "parity"
     c.task.bits = 16  # parity: longest training length
     c.task.placement = "prefix"  # parity: prefix | random positions of the bits
-    c.task.near_ood_bits = 0  # auto: bits + 4
-    c.task.ood_bits = 0  # auto: bits + 8
+    c.task.near_ood_bits = 0  # auto: bits + 4; -1 = no such test set
+    c.task.ood_bits = 0  # auto: bits + 8; -1 = no such test set
     c.task.input_proj = False  # parity, act_rnn: a linear layer and ReLU before the cell
     c.task.sequence_length = 5  # addition: numbers
     c.task.max_digits = 5  # addition, string_addition: digits per number
@@ -51,6 +51,8 @@ def get_default_config() -> ConfigDict:
     c.task.train_max_length = 40
     c.task.eval_min_length = 1
     c.task.eval_max_length = 400
+    c.task.position_offset = 0  # copy, reverse, paper: random leading padding in training up to
+    # this many places; -1: up to the longest test length
     c.task.max_terms = 2  # string_addition
     c.task.test_max_digits = 0  # string_addition; auto: ten times max_digits
 
@@ -190,6 +192,7 @@ _TASK_KEYS = {
     "train_max_length": ("copy", "reverse"),
     "eval_min_length": ("copy", "reverse"),
     "eval_max_length": ("copy", "reverse"),
+    "position_offset": ("copy", "reverse"),
     "max_terms": ("string_addition",),
     "test_max_digits": ("string_addition",),
 }

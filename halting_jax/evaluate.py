@@ -14,6 +14,7 @@ from tqdm import tqdm
 from common import dist
 from common.spmd import ROWS, WHOLE, spmd, sum_over_devices
 from halting_jax.early_exit import EarlyExit
+from halting_jax.losses import rows_with_targets
 from halting_jax.objective import classification, ponder_ratio
 from halting_jax.ponder_sums import PonderSums, ponder_report, ponder_sums
 from halting_jax.source import EvalSet
@@ -26,7 +27,8 @@ class RowResults:
 
     Attributes:
       correct: bool, the whole example is right; steps: float32, mean steps of its calls;
-      difficulty: int32; counted: bool, it is no filling of the last batch.
+      difficulty: int32; counted: bool, it has a scored answer (a filling of the last batch has
+      none, nor has a sum of one number).
     """
 
     correct: jax.Array
@@ -207,7 +209,7 @@ class Evaluator:
             correct=task.example_correct(outputs.logits, batch),
             steps=jnp.sum(jnp.where(ponder.mask, ponder.steps, 0.0), axis=1) / calls,
             difficulty=batch.difficulty,
-            counted=counted,
+            counted=counted & rows_with_targets(batch),
         )
         sums = (
             classification(task, outputs.logits, batch),

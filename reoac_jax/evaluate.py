@@ -1,6 +1,5 @@
 """Evaluation: the greedy policy on held-out prompts, with intervals and a table to read."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from common import dist
 from common.lm.layers import Params
 from common.rundir import atomic_write_json
+from common.statistics import mean_interval, wilson_interval
 from reoac_jax.episodes import Episodes
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Grader
@@ -20,7 +20,6 @@ from reoac_jax.rollout import Agent
 from reoac_jax.types import OPERATORS
 
 RolloutFn = Callable[[Params, Agent, Any, jax.Array], Episodes]
-Z95 = 1.959964
 
 
 class Evaluation(NamedTuple):
@@ -43,23 +42,6 @@ class Evaluation(NamedTuple):
     def returns(self, cost_lambda: float, max_steps: int, max_cost: float) -> np.ndarray:
         """Reward minus lambda * cost / (T * max_cost), [N]."""
         return self.rewards - cost_lambda * self.costs / (max_steps * max_cost)
-
-
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson score)."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = successes / n, Z95 * Z95
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high): normal 95 % interval of a mean."""
-    x = np.asarray(values, np.float64)
-    half = Z95 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else 0.0
-    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 
 def run_policy(

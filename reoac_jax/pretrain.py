@@ -28,12 +28,12 @@ from common.metrics import MetricWriter, StepTimer, peak_memory
 from common.optim import ema_update, make_optimizer
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
+from common.statistics import wilson_interval
 from reoac_jax.backbone.base import Backbone, Canvas, e2d2_backbone
 from reoac_jax.backbone.e2d2 import E2D2Config
 from reoac_jax.backbone.e2d2_bridge import save_hf_directory
 from reoac_jax.corpus import Encoded, encode_supervised, lay_out
 from reoac_jax.data import load_records
-from reoac_jax.evaluate import wilson_interval
 from reoac_jax.masked_diffusion import canvas_loss
 from reoac_jax.rewards import Grader
 from reoac_jax.samplers import confidence_decode

@@ -1,4 +1,4 @@
-"""Intervals in closed form, and evaluation in batches of any size."""
+"""Evaluation in batches of any size."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 
 from common import dist
+from common.statistics import wilson_interval
 from reoac_jax.backbone.base import Canvas
 from reoac_jax.episodes import Episodes, Steps
 from reoac_jax.evaluate import (
-    Z95,
     Evaluation,
     format_table,
-    mean_interval,
     run_policy,
     summary,
-    wilson_interval,
     write_report,
 )
 from reoac_jax.prompts import PromptSet
@@ -27,25 +25,6 @@ from reoac_jax.rewards import Graded
 
 NUM, WIDTH, GEN, HORIZON, ACTIONS = 7, 4, 3, 5, 5
 MASK, PAD = 90, 91
-
-
-def test_wilson_interval_in_closed_form() -> None:
-    z2 = Z95 * Z95
-    assert wilson_interval(0, 10) == pytest.approx((0.0, z2 / (10 + z2)))
-    assert wilson_interval(10, 10) == pytest.approx((10 / (10 + z2), 1.0))
-    # The bounds solve (share - p)^2 = z^2 p (1 - p) / n.
-    for successes, n in ((1, 3), (50, 100), (511, 512)):
-        for p in wilson_interval(successes, n):
-            assert (successes / n - p) ** 2 == pytest.approx(z2 * p * (1 - p) / n, rel=1e-9)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert wilson_interval(50, 100) == pytest.approx((0.4038315, 0.5961685), abs=1e-6)
-
-
-def test_mean_interval() -> None:
-    mean, low, high = mean_interval([1.0, 2.0, 3.0])
-    assert (mean, high - mean) == pytest.approx((2.0, Z95 / np.sqrt(3)))
-    assert mean - low == pytest.approx(high - mean)
-    assert mean_interval([4.0]) == (4.0, 4.0, 4.0)
 
 
 def _prompts() -> PromptSet:

@@ -1,0 +1,193 @@
+"""Learning of the halting models: every claim is a run of the ordinary command, seed by seed.
+
+    python -m bench.halting_learning --json results/halting_learning.json
+    python -m bench.halting_learning --only parity8,logic --runs runs/halting_learning
+
+A finished run is not repeated, so the command goes on where it was stopped. Each run is
+`python -m halting_jax.main --config=CONFIG --config.seed=SEED` in a process of its own; the figures
+are those of its final test, with the averaged weights where the config keeps them.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import machine
+from common.rundir import atomic_write_json
+from common.statistics import wilson_interval
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """One line of the table.
+
+    Attributes:
+      config: file and variant; overrides: further arguments.
+      set_name, metric: what counts; difficulty accuracies come with every set.
+      bar: what the metric should reach; None = for information.
+    """
+
+    config: str
+    set_name: str
+    metric: str
+    bar: float | None = None
+    overrides: tuple[str, ...] = ()
+
+
+CLAIMS = {
+    "parity8": Claim("configs/halting_parity.py:bits8", "id", "accuracy", 0.999),
+    "parity16": Claim("configs/halting_parity.py:cpu", "id", "accuracy", 0.99),
+    "parity8_random": Claim("configs/halting_parity.py:random8", "id", "accuracy", 0.999),
+    "parity8_pondernet": Claim("configs/halting_parity.py:ponder8", "id", "accuracy"),
+    "addition": Claim("configs/halting_addition.py:cpu", "id", "accuracy_sequence", 0.95),
+    "logic": Claim("configs/halting_logic.py:cpu", "id", "accuracy", 0.99),
+    "sort": Claim("configs/halting_sort.py:cpu", "id", "sequence_accuracy"),
+    "copy": Claim("configs/halting_copy.py:cpu", "id", "sequence_accuracy"),
+    "maze6": Claim("configs/halting_maze_ut.py:cpu", "test", "acc", 0.5),
+    "maze10_ut": Claim("configs/halting_maze_ut.py:perfect10", "test", "acc", 0.9),
+    "maze10_trm": Claim("configs/halting_maze_ut.py:trm10", "test", "acc", 0.9),
+}
+
+
+def command(claim: Claim, seed: int, workdir: Path) -> list[str]:
+    """The run of a claim."""
+    return [
+        sys.executable,
+        "-m",
+        "halting_jax.main",
+        f"--config={claim.config}",
+        f"--config.seed={seed}",
+        f"--workdir={workdir}",
+        *claim.overrides,
+    ]
+
+
+def run_all(jobs: list[tuple[list[str], Path]], at_once: int, threads: int) -> None:
+    """Runs commands side by side; stops at the first that fails."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if threads == 1:
+        # Small products gain nothing from a second thread, and two runs would fight over it.
+        flags += " --xla_cpu_multi_thread_eigen=false"
+    env = {**os.environ, "XLA_FLAGS": flags.strip()}
+    waiting, running = list(jobs), dict[Path, Any]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            words, workdir = waiting.pop(0)
+            workdir.mkdir(parents=True, exist_ok=True)
+            with open(workdir / "log.txt", "a") as file:
+                running[workdir] = subprocess.Popen(
+                    words, cwd=REPOSITORY, env=env, stdout=file, stderr=subprocess.STDOUT
+                )
+            print(f"started {workdir.name}", flush=True)
+        for workdir, process in list(running.items()):
+            try:
+                status = process.wait(timeout=1)
+            except subprocess.TimeoutExpired:
+                continue
+            del running[workdir]
+            print(f"finished {workdir.name} with status {status}", flush=True)
+            if status:
+                for other in running.values():
+                    other.terminate()
+                raise SystemExit(f"{workdir / 'log.txt'}: the run failed (status {status})")
+
+
+def read_run(claim: Claim, workdir: Path) -> dict[str, Any] | None:
+    """Figures of a finished run, None for one that is not."""
+    if not (workdir / "DONE").is_file():
+        return None
+    report = json.loads((workdir / "eval.json").read_text())
+    row = report["sets"][claim.set_name]
+    grid = claim.set_name == "test" and "test_acc" in row
+    prefix = f"{claim.set_name}_" if grid else f"test/{claim.set_name}/"
+    averaged = f"{prefix}{claim.metric}_ema"
+    suffix = "_ema" if averaged in row else ""
+    groups = report["by_difficulty"][claim.set_name]
+    count = sum(group["n"] for group in groups)
+    result = {
+        "value": row[f"{prefix}{claim.metric}{suffix}"],
+        "n": count,
+        "training_seconds": round(report["seconds"], 1),
+        "steps": report["step"],
+        "by_difficulty": groups,
+        "metrics": {k.removeprefix(prefix): v for k, v in row.items()},
+    }
+    result["interval"] = wilson_interval(round(result["value"] * count), count)
+    steps = [name for name in ("steps", "ponder_steps") if f"{prefix}{name}{suffix}" in row]
+    result["ponder"] = row[f"{prefix}{steps[0]}{suffix}"] if steps else None
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what is missing, prints the table and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", default=",".join(CLAIMS), help="claims, by comma")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs", type=Path, default=REPOSITORY / "runs" / "halting_learning")
+    parser.add_argument("--at_once", type=int, default=2, help="runs side by side")
+    parser.add_argument("--report", action="store_true", help="start nothing, use finished runs")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(argv)
+    chosen = given.only.split(",")
+    unknown = [name for name in chosen if name not in CLAIMS]
+    if unknown:
+        parser.error(f"unknown claim {unknown[0]}; choose from {', '.join(CLAIMS)}")
+    places = {
+        (name, seed): given.runs / f"{name}_seed{seed}"
+        for name in chosen
+        for seed in range(given.seeds)
+    }
+    if not given.report:
+        jobs = [
+            (command(CLAIMS[name], seed, place), place)
+            for (name, seed), place in places.items()
+            if not (place / "DONE").exists()
+        ]
+        run_all(jobs, given.at_once, threads=1 if given.at_once > 1 else 0)
+    claims: dict[str, Any] = {}
+    for name in chosen:
+        claim = CLAIMS[name]
+        runs = {s: read_run(claim, places[name, s]) for s in range(given.seeds)}
+        found = {str(seed): run for seed, run in runs.items() if run is not None}
+        if found:
+            words = ["python", *command(claim, 0, Path("RUN"))[1:]]
+            claims[name] = {
+                **dataclasses.asdict(claim),
+                "command": " ".join(words).replace("--config.seed=0", "--config.seed=SEED"),
+                "seeds": found,
+                "met": claim.bar is None or all(r["value"] >= claim.bar for r in found.values()),
+            }
+    print(format_claims(claims))
+    if given.json:
+        atomic_write_json(given.json, {"machine": machine(), "claims": claims})
+    return 0
+
+
+def format_claims(claims: dict[str, Any]) -> str:
+    """One line per run."""
+    lines = [
+        f"{'claim':<18}{'seed':>5} {'metric':>20} {'value':>8} {'95 % interval':>18} "
+        f"{'ponder':>7} {'minutes':>8} {'bar':>6}"
+    ]
+    lines.append("-" * len(lines[0]))
+    for name, claim in claims.items():
+        for seed, run in claim["seeds"].items():
+            low, high = run["interval"]
+            bar = "" if claim["bar"] is None else f"{claim['bar']:.3f}"
+            lines.append(
+                f"{name:<18}{seed:>5} {claim['metric']:>20} {run['value']:>8.4f} "
+                f"{f'{low:.4f} to {high:.4f}':>18} {run['ponder']:>7.2f} "
+                f"{run['training_seconds'] / 60:>8.1f} {bar:>6}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
