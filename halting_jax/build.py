@@ -7,10 +7,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from halting_jax.act_rnn import ActRnnSettings, make_act_rnn
 from halting_jax.defaults import FILE_TASKS
 from halting_jax.objective import Objective, act_objective
+from halting_jax.pondernet import pondernet_objective
 from halting_jax.tasks.factory import make_task
-from halting_jax.types import Batch, Model, Task, TaskShape
+from halting_jax.trm import TrmSettings, make_trm, trm_objective
+from halting_jax.types import Batch, Model, Task
+from halting_jax.universal_transformer import UtSettings, make_universal_transformer
 
 _TASK_SIZES = (
     "bits",
@@ -74,13 +78,11 @@ def build(config: ConfigDict, seq_len: int = 0, vocab_size: int = 0) -> Built:
     if config.model.type == "trm":
         return _recursive(config, task)
     if config.model.type == "universal_transformer":
-        model = _universal_transformer(config, task.shape)
+        model = make_universal_transformer(task.shape, ut_settings(config))
         charged = config.ut.act and not config.act.disable_ponder_cost
         return Built(task, model, act_objective(task, model, config.act.ponder_reduce, charged))
-    model = _act_rnn(config, task.shape)
+    model = make_act_rnn(task.shape, act_rnn_settings(config))
     if config.act.kind == "pondernet":
-        from halting_jax.pondernet import pondernet_objective
-
         objective = pondernet_objective(task, model, config.act.prior, config.act.kl_weight)
         return Built(task, model, objective)
     charged = config.act.kind == "act" and not config.act.disable_ponder_cost
@@ -94,61 +96,51 @@ def time_penalty_target(config: ConfigDict) -> float:
     return config.act.time_penalty
 
 
-def _act_rnn(config: ConfigDict, shape: TaskShape) -> Model:
-    from halting_jax.act_rnn import ActRnnSettings, make_act_rnn
-
+def act_rnn_settings(config: ConfigDict) -> ActRnnSettings:
+    """Sizes and choices of the config's ACT-RNN."""
     section = config.act
-    return make_act_rnn(
-        shape,
-        ActRnnSettings(
-            hidden_size=config.model.hidden_size,
-            embedding_size=section.embedding_size,
-            cell=section.cell,
-            time_limit=section.time_limit,
-            epsilon=section.epsilon,
-            halt_bias=section.halt_bias,
-            lstm_reset_cell=section.lstm_reset_cell,
-            input_proj=config.task.input_proj,
-            kind=section.kind,
-            execution=section.execution,
-            chunk=section.chunk,
-            dtype=config.model.dtype,
-        ),
+    return ActRnnSettings(
+        hidden_size=config.model.hidden_size,
+        embedding_size=section.embedding_size,
+        cell=section.cell,
+        time_limit=section.time_limit,
+        epsilon=section.epsilon,
+        halt_bias=section.halt_bias,
+        lstm_reset_cell=section.lstm_reset_cell,
+        input_proj=config.task.input_proj,
+        kind=section.kind,
+        execution=section.execution,
+        chunk=section.chunk,
+        dtype=config.model.dtype,
     )
 
 
-def _universal_transformer(config: ConfigDict, shape: TaskShape) -> Model:
-    from halting_jax.universal_transformer import UtSettings, make_universal_transformer
-
+def ut_settings(config: ConfigDict) -> UtSettings:
+    """Sizes and choices of the config's Universal Transformer."""
     section = config.ut
-    return make_universal_transformer(
-        shape,
-        UtSettings(
-            hidden_size=config.model.hidden_size,
-            embedding_size=section.embedding_size,
-            heads=section.heads,
-            key_depth=section.key_depth,
-            value_depth=section.value_depth,
-            filter_size=section.filter_size,
-            max_hops=section.max_hops,
-            act=section.act,
-            act_epsilon=section.act_epsilon,
-            act_mix=section.act_mix,
-            act_level=section.act_level,
-            halt_bias=section.halt_bias,
-            halt_kernel=section.halt_kernel,
-            attention_mode=section.attention_mode,
-            pos=section.pos,
-            remat=section.remat,
-            dtype=config.model.dtype,
-            attn_impl=section.attn_impl,
-        ),
+    return UtSettings(
+        hidden_size=config.model.hidden_size,
+        embedding_size=section.embedding_size,
+        heads=section.heads,
+        key_depth=section.key_depth,
+        value_depth=section.value_depth,
+        filter_size=section.filter_size,
+        max_hops=section.max_hops,
+        act=section.act,
+        act_epsilon=section.act_epsilon,
+        act_mix=section.act_mix,
+        act_level=section.act_level,
+        halt_bias=section.halt_bias,
+        halt_kernel=section.halt_kernel,
+        attention_mode=section.attention_mode,
+        pos=section.pos,
+        remat=section.remat,
+        dtype=config.model.dtype,
+        attn_impl=section.attn_impl,
     )
 
 
 def _recursive(config: ConfigDict, task: Task) -> Built:
-    from halting_jax.trm import TrmSettings, make_trm, trm_objective
-
     section = config.trm
     settings = TrmSettings(
         hidden_size=config.model.hidden_size,

@@ -13,7 +13,7 @@ from common import dist, log
 from common.checkpoint import Checkpointer
 from common.errors import UserError
 from common.rundir import atomic_write_json
-from halting_jax.build import Built, build
+from halting_jax.build import Built, act_rnn_settings, build, ut_settings
 from halting_jax.defaults import FILE_TASKS, check_overrides, finalize, get_default_config
 from halting_jax.evaluate import SetResult, difficulty_rows, format_difficulty
 from halting_jax.learner import init_state
@@ -158,7 +158,10 @@ def evaluate_run(
 
 
 def export_run(checkpoint: str, output: str) -> Path:
-    """--mode=export: weights as safetensors under PyTorch names, and the config as JSON.
+    """--mode=export: weights as safetensors, and the config as JSON.
+
+    Weights of the ACT-RNN and the Universal Transformer stand under the names and in the layout of
+    the PyTorch modules they are compared with; those of the recursive model under our own.
 
     Args:
       checkpoint: see `load_trained`.
@@ -168,18 +171,27 @@ def export_run(checkpoint: str, output: str) -> Path:
       The directory.
     """
     from common.torch_bridge import write_safetensors
+    from halting_jax.act_torch_names import export_act_rnn
+    from halting_jax.ut_torch_names import export_ut
 
     trained = load_trained(checkpoint)
     directory = Path(output) if output else trained.path / "export"
     directory.mkdir(parents=True, exist_ok=True)
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trained.params))
-    tensors = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in leaves
-    }
+    params = jax.device_get(trained.params)
+    config, shape = trained.config, trained.built.task.shape
+    if config.model.type == "act_rnn":
+        tensors = export_act_rnn(params, shape, act_rnn_settings(config))
+    elif config.model.type == "universal_transformer":
+        tensors = export_ut(params, shape, ut_settings(config))
+    else:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        tensors = {
+            jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+            for path, leaf in leaves
+        }
     write_safetensors(directory / "model.safetensors", tensors, {"step": str(trained.step)})
-    config = json.loads(trained.config.to_json_best_effort())
-    atomic_write_json(directory / "config.json", {"config": config, "data": trained.facts})
+    saved = json.loads(config.to_json_best_effort())
+    atomic_write_json(directory / "config.json", {"config": saved, "data": trained.facts})
     return directory
 
 
