@@ -159,13 +159,16 @@ def _advance_once(weights: LoopWeights, progress: ActProgress) -> ActProgress:
     position = jnp.where(halted, _next_valid(progress.valid, position + 1), position)
     fresh = start_carry(settings, after.mixed, position < progress.valid.shape[1])
 
-    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(halted.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
+    def choose(fresh: jax.Array, after: jax.Array, before: jax.Array) -> jax.Array:
+        """A row enters its next call, or goes on, or is done and keeps its last state."""
+        column = (-1, *(1,) * (fresh.ndim - 1))
+        ongoing = jnp.where(carry.running.reshape(column), after, before)
+        return jnp.where(halted.reshape(column), fresh, ongoing)
 
     return dataclasses.replace(
         progress,
         position=position,
-        carry=jax.tree.map(choose, fresh, after),
+        carry=jax.tree.map(choose, fresh, after, carry),
         record=record,
         curve=curve,
     )

@@ -1,5 +1,7 @@
 """The weights of a Universal Transformer and its pieces; the loops over hops stand outside."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,12 +35,15 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens int32 [B, S] -> [B, S, features]."""
-        init = nn.initializers.normal(1.0)
-        table = self.param("table", init, (self.num_tokens, self.features), jnp.float32)
+        table = self.param("table", self._init, (self.num_tokens, self.features), jnp.float32)
         rows = table[tokens]  # gather: its gradient is a scatter, no one-hot product
         if self.pad is None:
             return rows
         return jnp.where((tokens != self.pad)[..., None], rows, 0)
+
+    def _init(self, key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+        table = jax.random.normal(key, shape, dtype)
+        return table if self.pad is None else table.at[self.pad].set(0)
 
 
 class Halting(nn.Module):
