@@ -90,11 +90,16 @@ def _partition(spec: str) -> PartitionSpec:
 
 
 def _split(tree: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)
+    def split(x: Any) -> Any:
+        shape = (count, x.shape[0] // count, *x.shape[1:])
+        # An empty array loses its sharding when it is reshaped, and pmap then refuses it.
+        return x.reshape(shape) if x.size else np.zeros(shape, x.dtype)
+
+    return jax.tree.map(split, tree)
 
 
 def _join(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)
 
 
 def all_rows(tree: Any) -> Any:

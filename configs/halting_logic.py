@@ -40,15 +40,16 @@ def get_config(variant: str = "") -> ConfigDict:
     else:
         c.task.train_max_steps = 5
         c.task.eval_max_steps = 5
+        c.model.hidden_size = 64
         c.act.time_limit = 10
-        c.data.batch_size = 64
-        c.optim.lr = 2e-3
+        c.data.batch_size = 32
+        c.optim.lr = 3e-3
         c.optim.schedule = "cosine"
         c.optim.warmup_steps = 200
         c.optim.clip_norm = 1.0
-        c.train.max_steps = 20000
+        c.train.max_steps = 30000
         c.train.log_every = 250
-        c.eval.every = 4000
+        c.eval.every = 5000
     if variant == "tiny":
         c.model.hidden_size = 16
         c.data.batch_size = 8
