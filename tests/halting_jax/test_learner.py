@@ -57,7 +57,7 @@ for spec in sys.argv[1:]:
         state = place(mesh, jax.jit(lambda: init_state(built.model, settings, 0, carry))())
         run = compile_steps(step, source.draw, mesh, mode)
         for _ in range(2):
-            state, sums = run(state, shard_batch(mesh, rows), (), 2)
+            state, sums = jax.block_until_ready(run(state, shard_batch(mesh, rows), (), 2))
         results[devices, mode] = jax.device_get((state.params, state.ema, sums))
     for other in ((4, "jit"), (4, "pmap")):
         def same(a, b):
