@@ -110,6 +110,12 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def _not_square(directory: Path) -> None:
+    edit(directory, seq_len=24)
+    for name in ("inputs", "labels"):
+        np.save(directory / f"all__{name}.npy", np.ones((8, 24), np.uint8))
+
+
 DAMAGE = {
     "missing inputs": (
         lambda d: (d / "all__inputs.npy").unlink(),
@@ -174,13 +180,7 @@ DAMAGE = {
     "text": (lambda d: edit(d, vocab_size="six"), r"dataset.json is no JSON object"),
     "huge": (lambda d: edit(d, vocab_size=1000), r"vocab_size must be 1 to 256, got 1000"),
     "not square": (
-        lambda d: (
-            edit(d, seq_len=24),
-            [
-                np.save(d / f"all__{n}.npy", np.ones((8, 24), np.uint8))
-                for n in ("inputs", "labels")
-            ],
-        ),
+        _not_square,
         r"24 cells is not square",
     ),
 }

@@ -85,8 +85,12 @@ def test_only_the_recipe_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(whole, generate(SMALL, processes=2, progress=True))
     single = make_mazes(SMALL, "train", [11, 3])
     np.testing.assert_array_equal(single, whole["train"].inputs[[11, 3]])
-    for change in ({"seed": 1}, {"min_path_moves": 7}, {"side": 7}):
-        other = generate(dataclasses.replace(SMALL, **change))["train"].inputs
+    for changed in (
+        dataclasses.replace(SMALL, seed=1),
+        dataclasses.replace(SMALL, min_path_moves=7),
+        dataclasses.replace(SMALL, side=7),
+    ):
+        other = generate(changed)["train"].inputs
         assert other.shape != whole["train"].inputs.shape or (
             (other != whole["train"].inputs).any(1).sum() > 20
         )

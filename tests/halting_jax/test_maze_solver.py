@@ -151,14 +151,18 @@ def test_word_search_agrees_with_distances(seed: int, side: int, steps: int) -> 
 
 
 def test_rules_are_told_apart() -> None:
-    mazes = random_mazes(np.random.default_rng(3), 150, 9)
+    mazes = random_mazes(np.random.default_rng(3), 80, 7)
     for rule in (maze_tiebreak.RULES[0], maze_tiebreak.RULES[17], maze_tiebreak.RULES[40]):
         labels = rule.label_fn(mazes)
-        assert maze_tiebreak.find_rule(mazes, labels) == rule
+        # A walk from G may equal one from S: both follow the same edge of all shortest paths.
+        found = maze_tiebreak.find_rule(mazes, labels)
+        assert found is not None and (found.label_fn(mazes) == labels).all()
         scores = maze_tiebreak.score_rules(mazes, labels)
-        assert len(scores) == 48 and scores[rule] == 1.0
-        # Rules that differ in opposite directions alone hardly ever differ in labels.
-        assert list(scores.values()).count(1.0) <= 2 and min(scores.values()) < 0.5
+        assert len(scores) == 48 and scores[rule] == 1.0 and min(scores.values()) < 0.5
+        assert list(scores.values()) == sorted(scores.values(), reverse=True)
+    assert maze_tiebreak.find_rule(mazes, maze_solver.canonical_labels(mazes)) == (
+        maze_tiebreak.Rule()
+    )
     labels[3, np.flatnonzero(labels[3] == OPEN)[0]] = PATH
     assert maze_tiebreak.find_rule(mazes, labels) is None
     assert maze_tiebreak.find_label_fn(mazes, labels) is None
