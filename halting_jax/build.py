@@ -16,29 +16,9 @@ from halting_jax.trm import TrmSettings, make_trm, trm_objective
 from halting_jax.types import Batch, Model, Task
 from halting_jax.universal_transformer import UtSettings, make_universal_transformer
 
-_TASK_SIZES = (
-    "bits",
-    "placement",
-    "near_ood_bits",
-    "ood_bits",
-    "sequence_length",
-    "max_digits",
-    "fixed_sequence_length",
-    "encoding",
-    "train_min_steps",
-    "train_max_steps",
-    "eval_min_steps",
-    "eval_max_steps",
-    "min_n",
-    "max_n",
-    "train_min_length",
-    "train_max_length",
-    "eval_min_length",
-    "eval_max_length",
-    "position_offset",
-    "max_terms",
-    "test_max_digits",
-)
+# Keys of the section `task` that are no sizes of a task; the factory refuses any other it does not
+# know, so a key without a reader cannot stay.
+_NO_SIZES = ("name", "input_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +41,8 @@ def build_task(config: ConfigDict, seq_len: int = 0, vocab_size: int = 0) -> Tas
     """The task of a config; tasks from files need their sizes."""
     if config.task.name in FILE_TASKS:
         return make_task(config.task.name, seq_len=seq_len, vocab_size=vocab_size)
-    return make_task(config.task.name, **{name: config.task[name] for name in _TASK_SIZES})
+    sizes = {name: value for name, value in config.task.items() if name not in _NO_SIZES}
+    return make_task(config.task.name, **sizes)
 
 
 def build(config: ConfigDict, seq_len: int = 0, vocab_size: int = 0) -> Built:

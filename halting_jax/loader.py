@@ -137,7 +137,7 @@ def evaluate_run(
         name: evaluator.run(params, examples, f"evaluate {name}")
         for name, examples in source.evaluation.items()
     }
-    report = {
+    report: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "step": trained.step,
         "weights": kind,

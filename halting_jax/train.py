@@ -33,6 +33,8 @@ from halting_jax.learner import (
 from halting_jax.ponder_sums import ponder_report
 from halting_jax.schedules import learning_rate, time_penalty
 from halting_jax.source import Source, data_directory, file_source, generated_source, is_file_task
+from halting_jax.tasks import maze_metrics
+from halting_jax.tasks.maze_metrics import finalize as maze_finalize
 
 # A checkpoint can only continue a run that agrees in these; lengths and cadence may change.
 STRUCTURE = ("task", "model", "act", "ut", "trm", "optim.ema.enabled", "seed", "data.batch_size")
@@ -106,11 +108,6 @@ def optim_settings(config: ConfigDict, steps: int, per_epoch: int) -> OptimSetti
 
 def make_evaluator(config: ConfigDict, built: Built, mesh: Any) -> Evaluator:
     """The compiled evaluation that a config asks for."""
-    path_metrics, finalize = None, None
-    if config.task.name == "maze":
-        from halting_jax.tasks.maze_metrics import path_metrics
-    if is_file_task(config):
-        from halting_jax.tasks.maze import finalize
     return Evaluator(
         built.task,
         built.model,
@@ -120,8 +117,8 @@ def make_evaluator(config: ConfigDict, built: Built, mesh: Any) -> Evaluator:
         ponder_reduce=config.act.ponder_reduce,
         fixed_steps=config.act.fixed_ponder_steps,
         early_exit=config.eval.early_exit,
-        path_metrics=path_metrics,
-        finalize=finalize,
+        path_metrics=maze_metrics.path_metrics if config.task.name == "maze" else None,
+        finalize=maze_finalize if is_file_task(config) else None,
         mode=config.parallel.mode,
     )
 
@@ -315,11 +312,7 @@ def next_multiple(step: int, every: int) -> int:
 
 def training_row(config: ConfigDict, built: Built, sums: Sums, tau: float) -> dict[str, float]:
     """The logged values of the steps behind some sums."""
-    finalize = _mean_values
-    if is_file_task(config):
-        from halting_jax.tasks.maze import finalize as maze_finalize
-
-        finalize = maze_finalize
+    finalize = maze_finalize if is_file_task(config) else _mean_values
     means = dict(sums.means)
     terms = {name: _value(means.pop(name)) for name in ("classification", "ponder")}
     charged = config.act.kind == "act" or config.model.type == "universal_transformer"

@@ -106,7 +106,7 @@ class Ratio(NamedTuple):
     """A mean as its sum and count, so that means over batches, shards and splits are exact."""
 
     total: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # a tuple's own method has this name
 
     def __add__(self, other: Any) -> "Ratio":  # type: ignore[override]
         return Ratio(self.total + other.total, self.count + other.count)

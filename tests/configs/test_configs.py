@@ -20,6 +20,7 @@ INDIRECT = {
     "dataset.raw_": ("reoac_jax/prep.py", 'config.dataset.get(f"raw_{name}_path"'),
     "operators.": ("reoac_jax/rollout.py", "given = section[name]"),
     "optim.": ("reoac_jax/learner.py", "config.optim.items()"),
+    "task.": ("halting_jax/build.py", "config.task.items()"),
 }
 
 
