@@ -113,7 +113,8 @@ def case(path: Path) -> Case:
     elif meta["kind"] == "addition":
         x, y = (np.swapaxes(given[name], 0, 1) for name in ("x", "y"))  # [B, T, .]
         valid = np.arange(x.shape[1]) < given["lengths"][:, None]
-        shape = TaskShape("frames", *x.shape[1:], y.shape[-1], meta["num_classes"], causal=True)
+        _, length, features = x.shape
+        shape = TaskShape("frames", length, features, y.shape[-1], meta["num_classes"], causal=True)
         batch = rows(inputs=x, input_mask=valid, targets=y, target_mask=y != meta["mask_value"])
     else:
         vocab = arrays["param/embedding.weight"].shape[0]
@@ -133,12 +134,13 @@ def recorded_signals(c: Case) -> tuple[Signals, float]:
     """The tables of the recording, and how exact results with them are."""
     stored = under(c.arrays, "const")
     if stored:
-        return Signals(stored["seq_signal"][0], stored["hop_signal"][0]), 1e-9
+        tables = (jnp.asarray(stored[name][0]) for name in ("seq_signal", "hop_signal"))
+        return Signals(*tables), 1e-9
     length = max(c.batch.inputs.shape[1], c.batch.decoder_inputs.shape[1])
     sizes = (length, c.settings.hidden_size), (c.settings.max_hops, c.settings.hidden_size)
-    if importlib.util.find_spec("torch") is None:
-        return Signals(*(sinusoids(*size) for size in sizes)), 1e-6
-    return Signals(*(torch_sinusoids(*size) for size in sizes)), 1e-9
+    with_torch = importlib.util.find_spec("torch") is not None
+    position, hop = (torch_sinusoids(*s) if with_torch else sinusoids(*s) for s in sizes)
+    return Signals(jnp.asarray(position), jnp.asarray(hop)), 1e-9 if with_torch else 1e-6
 
 
 def torch_sinusoids(length: int, channels: int) -> np.ndarray:
@@ -196,7 +198,9 @@ def test_outputs_and_gradients(path: Path, bits: int) -> None:
     c = case(path)
     signals, exact = recorded_signals(c)
     dtype = np.float64 if bits == 64 else np.float32
-    tolerance = {"rtol": 0, "atol": exact} if bits == 64 else {"rtol": 1e-4, "atol": 1e-5}
+    tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+    if bits == 64:
+        tolerance = {"rtol": 0, "atol": exact}
 
     def objective(params: Any, batch: Batch, signals: Signals | None) -> Any:
         outputs = forward(c, params, batch, signals)
@@ -240,7 +244,7 @@ def _compare(
     ponder: float,
     total: float,
     grads: dict[str, np.ndarray],
-    tolerance: dict[str, float],
+    tolerance: dict[str, Any],
 ) -> None:
     """Outputs, losses and gradients against the recording."""
     recorded, arrays = under(c.arrays, "out"), c.arrays
@@ -270,8 +274,8 @@ def _compare(
         (name,) = (name for name in names if name in recorded)
         np.testing.assert_allclose(value, recorded[name], **tolerance, err_msg=name)
     assert set(grads) == set(wanted_grads)
-    for name, value in grads.items():
-        np.testing.assert_allclose(value, wanted_grads[name], **tolerance, err_msg=name)
+    for name, gradient in grads.items():
+        np.testing.assert_allclose(gradient, wanted_grads[name], **tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize("path", files(is_recorded_per_position))
