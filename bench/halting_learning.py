@@ -45,6 +45,15 @@ CLAIMS = {
     "parity8": Claim("configs/halting_parity.py:bits8", "id", "accuracy", 0.999),
     "parity16": Claim("configs/halting_parity.py:cpu", "id", "accuracy", 0.99),
     "parity8_random": Claim("configs/halting_parity.py:random8", "id", "accuracy", 0.999),
+    **{
+        f"parity8_random_tau{tau}": Claim(
+            "configs/halting_parity.py:random8",
+            "id",
+            "accuracy",
+            overrides=(f"--config.act.time_penalty={tau}",),
+        )
+        for tau in ("0", "0.01", "0.1", "1")
+    },
     "parity8_pondernet": Claim("configs/halting_parity.py:ponder8", "id", "accuracy"),
     "addition": Claim("configs/halting_addition.py:cpu", "id", "accuracy_sequence", 0.95),
     "logic": Claim("configs/halting_logic.py:cpu", "id", "accuracy", 0.99),
@@ -134,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--at_once", type=int, default=2, help="runs side by side")
     parser.add_argument("--report", action="store_true", help="start nothing, use finished runs")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="PNG or PDF: ponder steps by difficulty and tau")
     given = parser.parse_args(argv)
     chosen = given.only.split(",")
     unknown = [name for name in chosen if name not in CLAIMS]
@@ -165,9 +175,47 @@ def main(argv: list[str] | None = None) -> int:
                 "met": claim.bar is None or all(r["value"] >= claim.bar for r in found.values()),
             }
     print(format_claims(claims))
+    if given.plot:
+        plot_ponder(claims, given.plot)
     if given.json:
         atomic_write_json(given.json, {"machine": machine(), "claims": claims})
     return 0
+
+
+def plot_ponder(claims: dict[str, Any], path: Path) -> None:
+    """Draws ponder steps over difficulty per claim, and over the time penalty for parity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    penalties: dict[float, list[float]] = {}
+    for name, claim in claims.items():
+        runs = claim["seeds"].values()
+        if "random" in name:
+            tau = float(name.partition("_tau")[2] or 1e-3)
+            penalties.setdefault(tau, []).extend(run["ponder"] for run in runs)
+        if "_tau" in name:
+            continue
+        for number, run in enumerate(runs):
+            groups = run["by_difficulty"]
+            middle = [(g["low"] + g["high"]) / 2 for g in groups]
+            steps = [g["steps"] for g in groups]
+            colour = f"C{list(claims).index(name) % 10}"
+            label = name if number == 0 else None
+            left.plot(middle, steps, marker="o", markersize=3, color=colour, label=label)
+    left.set(xlabel="difficulty (bits, digits, gates, items, moves)", ylabel="mean ponder steps")
+    left.legend(fontsize=8)
+    order = sorted(penalties)
+    for tau, steps in penalties.items():
+        right.plot([order.index(tau)] * len(steps), steps, "o", color="C0")
+    right.plot(range(len(order)), [sum(penalties[t]) / len(penalties[t]) for t in order])
+    right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])
+    right.set(xlabel="time penalty tau (8 random bits)", ylabel="mean ponder steps")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def format_claims(claims: dict[str, Any]) -> str:
