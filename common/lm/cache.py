@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import require
 from common.lm.config import DecoderConfig
-from common.lm.layers import KeyValue
+from common.lm.layers import KeyValue, cache_layout
 
 
 @flax.struct.dataclass
@@ -90,11 +90,11 @@ def write_prompts(cache: Cache, layer: int, own: KeyValue, slots: jax.Array) -> 
         The layer's keys and values after.
     """
     length = own[0].shape[1]
-    key = own[0].transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)  # [R, H_kv, K, P]
-    value = own[1].transpose(0, 2, 1, 3).astype(cache.values[layer].dtype)
+    key, value = cache_layout(*own)
+    before = cache.keys[layer], cache.values[layer]
     return (
-        cache.keys[layer].at[slots, :, :, :length].set(key, mode="drop"),
-        cache.values[layer].at[slots, :, :length].set(value, mode="drop"),
+        before[0].at[slots, :, :, :length].set(key.astype(before[0].dtype), mode="drop"),
+        before[1].at[slots, :, :length].set(value.astype(before[1].dtype), mode="drop"),
     )
 
 

@@ -172,7 +172,8 @@ def attention(
         raise ValueError("attention takes a mask or causal=True, not both")
     if impl == "auto":
         half = query.dtype in (jnp.bfloat16, jnp.float16)
-        impl = "cudnn" if half and head_dim <= 128 and jax.default_backend() == "gpu" else "xla"
+        fits = half and head_dim <= 128 and head_dim % 8 == 0
+        impl = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
     if impl == "cudnn":
         full = (
             None
