@@ -53,8 +53,9 @@ def init_carry(settings: TrmSettings, batch: Batch, row_ids: jax.Array | None = 
     """
     size, length = batch.inputs.shape
     return TrmCarry(
-        latents=jax.tree.map(jnp.array, initial_latents(settings, size, length)),
-        batch=batch,
+        latents=initial_latents(settings, size, length),
+        # Copies: the carry is donated, and tasks use one array for both masks of a batch.
+        batch=jax.tree.map(jnp.copy, batch),
         row_ids=jnp.arange(size, dtype=jnp.int32) if row_ids is None else row_ids,
         steps=jnp.zeros(size, jnp.int32),
         min_steps=jnp.ones(size, jnp.int32),

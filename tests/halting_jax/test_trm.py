@@ -317,11 +317,11 @@ def test_filling_rows_cost_and_count_nothing() -> None:
 
 
 def test_one_trace_per_shape() -> None:
-    """Another batch, other weights and another key compile nothing new."""
+    """Another batch, other weights and another key compile nothing new; the carry is donated."""
     settings, traces = SMALL, []
     net = make_net(SHAPE, settings)
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=1)
     def step(params: Params, carry: TrmCarry, fresh: Batch, key: jax.Array) -> TrmCarry:
         traces.append(0)
         return supervise(net, params, carry, fresh, key)[3]
