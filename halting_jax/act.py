@@ -21,6 +21,7 @@ from halting_jax.act_step import (
     start_carry,
 )
 from halting_jax.cells import State, Weights
+from halting_jax.types import Ponder
 
 
 @flax.struct.dataclass
@@ -44,6 +45,44 @@ class ActResult:
     forced: jax.Array
     mass: jax.Array
     executed: jax.Array
+
+
+@flax.struct.dataclass
+class ActCalls:
+    """Results of C calls per row.
+
+    Attributes:
+      hidden: [B, C, H], the hidden state after each call; a call that is not valid repeats the
+        one before it.
+      state: after the last call, entries [B, H].
+      cost: N + R [B, C], differentiable.
+      steps: N as float [B, C].
+      remainder: [B, C], without gradient.
+      forced: bool [B, C].
+      mass: [M], sum over all calls of the mass after each inner step.
+      executed: int32 [], inner steps computed.
+    """
+
+    hidden: jax.Array
+    state: State
+    cost: jax.Array
+    steps: jax.Array
+    remainder: jax.Array
+    forced: jax.Array
+    mass: jax.Array
+    executed: jax.Array
+
+    def ponder(self, mask: jax.Array) -> Ponder:
+        """The report of these calls; mask bool [B, C]."""
+        return Ponder(
+            cost=self.cost,
+            steps=self.steps,
+            remainder=self.remainder,
+            forced=self.forced,
+            mask=mask,
+            mass=self.mass,
+            executed=self.executed,
+        )
 
 
 def act(

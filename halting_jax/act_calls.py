@@ -3,53 +3,14 @@
 Mazes and parity make one call per row, sequences one per frame.
 """
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from halting_jax.act import act
+from halting_jax.act import ActCalls, act
+from halting_jax.act_ahead import run_ahead
 from halting_jax.act_step import ActSettings
 from halting_jax.cells import State, Weights, find_cell
-from halting_jax.types import Ponder
-
-
-@flax.struct.dataclass
-class ActCalls:
-    """Results of C calls per row.
-
-    Attributes:
-      hidden: [B, C, H], the hidden state after each call; a call that is not valid repeats the
-        one before it.
-      state: after the last call, entries [B, H].
-      cost: N + R [B, C], differentiable.
-      steps: N as float [B, C].
-      remainder: [B, C], without gradient.
-      forced: bool [B, C].
-      mass: [M], sum over all calls of the mass after each inner step.
-      executed: int32 [], inner steps computed.
-    """
-
-    hidden: jax.Array
-    state: State
-    cost: jax.Array
-    steps: jax.Array
-    remainder: jax.Array
-    forced: jax.Array
-    mass: jax.Array
-    executed: jax.Array
-
-    def ponder(self, mask: jax.Array) -> Ponder:
-        """The report of these calls; mask bool [B, C]."""
-        return Ponder(
-            cost=self.cost,
-            steps=self.steps,
-            remainder=self.remainder,
-            forced=self.forced,
-            mask=mask,
-            mass=self.mass,
-            executed=self.executed,
-        )
 
 
 def zero_state(products: jax.Array, settings: ActSettings, num_states: int) -> State:
@@ -69,6 +30,9 @@ def act_calls(
     fixed_steps: int = 0,
 ) -> ActCalls:
     """C calls in sequence.
+
+    With execution "while" every row goes through its own calls (see `act_ahead`); otherwise the
+    rows enter each call together.
 
     Args:
       params: weights of the unit (see `act_step`).
@@ -96,10 +60,11 @@ def act_calls(
     if products.shape[1] == 1:
         last, calls = call(state, (products[:, 0], valid[:, 0]))
         calls = jax.tree.map(lambda leaf: leaf[None], calls)
+    elif settings.execution == "while" and not fixed_steps:
+        return run_ahead(params, products, state, settings, valid)
     else:
-        # A call's trail of inner steps is rebuilt in the backward pass: keeping M states for each
-        # of C calls would cost more memory traffic than the few steps that a call makes.
-        body = call if fixed_steps or settings.execution == "scan" else jax.checkpoint(call)
+        # "chunked" rebuilds the chunks of a call in the backward pass instead of keeping them.
+        body = jax.checkpoint(call) if settings.execution == "chunked" else call
         last, calls = lax.scan(body, state, (jnp.swapaxes(products, 0, 1), valid.T))
     return ActCalls(
         hidden=jnp.swapaxes(calls.hidden, 0, 1),

@@ -11,14 +11,13 @@ waiting for the slowest row of the batch. Results equal those of `act_calls.act_
 """
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from halting_jax.act_calls import ActCalls
+from halting_jax.act import ActCalls
 from halting_jax.act_step import (
     ActCarry,
     ActSettings,
@@ -76,7 +75,7 @@ def act_start(
       settings: static; the execution does not matter here.
       valid: bool [B, C]; other calls are passed over.
     """
-    position = _next_valid(valid, jnp.zeros(valid.shape[:1], jnp.int32))
+    position = next_valid(valid, jnp.zeros(valid.shape[:1], jnp.int32))
     carry = start_carry(settings, state, position < valid.shape[1])
     nothing = jnp.zeros(valid.shape, carry.mass.dtype)
     hidden = jnp.zeros((*valid.shape, state[0].shape[1]), state[0].dtype)
@@ -93,7 +92,13 @@ def act_advance(params: Weights, progress: ActProgress, steps: int | jax.Array) 
       progress: of `act_start` or an earlier call, rows in any order.
       steps: static or traced.
     """
-    weights = loop_weights(params)
+    return act_advance_with(loop_weights(params), progress, steps)
+
+
+def act_advance_with(
+    weights: LoopWeights, progress: ActProgress, steps: int | jax.Array
+) -> ActProgress:
+    """`act_advance` with the weights of the loop alone."""
 
     def go_on(loop: tuple[jax.Array, ActProgress]) -> jax.Array:
         return (loop[0] < steps) & jnp.any(loop[1].carry.running)
@@ -106,24 +111,45 @@ def act_advance(params: Weights, progress: ActProgress, steps: int | jax.Array) 
 
 def act_finish(progress: ActProgress) -> ActCalls:
     """The results of rows that are done; `executed` is the most inner steps any of them made."""
-    record, valid = progress.record, progress.valid
+    state = progress.carry.state[: len(progress.carry.mixed)]
+    mass = jnp.sum(progress.curve, axis=0)
+    return assemble(progress.record, state, mass, progress.initial, progress.valid)
+
+
+def assemble(
+    record: CallRecord, state: State, mass: jax.Array, initial: jax.Array, valid: jax.Array
+) -> ActCalls:
+    """Results from the records of all calls.
+
+    Args:
+      record: of rows that are done.
+      state: after the last call, entries [B, H].
+      mass: [M], summed over calls.
+      initial: hidden state before the first call [B, H].
+      valid: bool [B, C].
+    """
     # Calls that are not valid repeat the hidden state before them.
     last = lax.cummax(jnp.where(valid, jnp.arange(valid.shape[1]), -1), axis=1)  # [B, C]
     hidden = jnp.take_along_axis(record.hidden, jnp.maximum(last, 0)[..., None], axis=1)
-    hidden = jnp.where((last >= 0)[..., None], hidden, progress.initial[:, None])
+    hidden = jnp.where((last >= 0)[..., None], hidden, initial[:, None])
     return ActCalls(
         hidden=hidden,
-        state=progress.carry.state[: len(progress.carry.mixed)],
+        state=state,
         cost=record.steps + record.remainder,
         steps=record.steps,
-        remainder=record.remainder,
+        remainder=lax.stop_gradient(record.remainder),
         forced=record.forced,
-        mass=jnp.sum(progress.curve, axis=0),
-        executed=jnp.max(jnp.sum(record.steps, axis=1), initial=0).astype(jnp.int32),
+        mass=mass,
+        executed=count_steps(record),
     )
 
 
-def _next_valid(valid: jax.Array, position: jax.Array) -> jax.Array:
+def count_steps(record: CallRecord) -> jax.Array:
+    """The most inner steps any row made: int32 []."""
+    return jnp.max(jnp.sum(record.steps, axis=1), initial=0).astype(jnp.int32)
+
+
+def next_valid(valid: jax.Array, position: jax.Array) -> jax.Array:
     """The first valid call at or after a position [B]; C where there is none."""
     num_calls = valid.shape[1]
     index = jnp.arange(num_calls)
@@ -145,18 +171,19 @@ def _advance_once(weights: LoopWeights, progress: ActProgress) -> ActProgress:
     counted &= carry.running[:, None]
     curve = progress.curve + jnp.where(counted, after.mass[:, None], 0)
 
-    slot = jnp.where(halted, position, progress.valid.shape[1])  # beyond the end: dropped
+    slot = jnp.where(halted, position, progress.valid.shape[1])  # [B], beyond the end: dropped
+    written = jnp.arange(progress.valid.shape[1]) == slot[:, None]  # [B, C]
 
-    def put(leaf: jax.Array, value: Any) -> jax.Array:
-        return leaf.at[rows, slot].set(value, mode="drop")
+    def put(leaf: jax.Array, value: jax.Array) -> jax.Array:
+        return jnp.where(written, value[:, None].astype(leaf.dtype), leaf)
 
     record = CallRecord(
-        hidden=put(progress.record.hidden, after.mixed[0]),
+        hidden=progress.record.hidden.at[rows, slot].set(after.mixed[0], mode="drop"),
         remainder=put(progress.record.remainder, after.remainder),
-        steps=put(progress.record.steps, after.steps.astype(after.mass.dtype)),
+        steps=put(progress.record.steps, after.steps),
         forced=put(progress.record.forced, after.forced),
     )
-    position = jnp.where(halted, _next_valid(progress.valid, position + 1), position)
+    position = jnp.where(halted, next_valid(progress.valid, position + 1), position)
     fresh = start_carry(settings, after.mixed, position < progress.valid.shape[1])
 
     def choose(fresh: jax.Array, after: jax.Array, before: jax.Array) -> jax.Array:
