@@ -157,7 +157,7 @@ def make_hop(functions: HopFunctions, rule: HaltingRule) -> Callable[[HopCarry],
         if rule.mix == "accumulated":
             mixed = carry.mixed + share * state
         else:
-            mixed = share * state + (1.0 - share) * carry.mixed
+            mixed = carry.mixed + share * (state - carry.mixed)
         return dataclasses.replace(carry, state=state, mixed=mixed)
 
     # The loop around it already keeps the two computations of a hop apart.

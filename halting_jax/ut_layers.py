@@ -4,6 +4,7 @@ Activations flow in float32 (or wider); only the operands of matrix products are
 `settings.dtype`. Heads are contiguous parts of the last axis.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -63,12 +64,18 @@ class LayerNorm(nn.Module):
         """x [..., D] -> [..., D]."""
         gamma = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         beta = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        # The root has no finite slope at 0, where a position stands that never got any output.
-        varies = variance > 0
-        std = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
-        return gamma * (centred / (std + LAYER_NORM_EPS)) + beta
+        # Recomputed in the backward pass: what it would store outweighs what it costs.
+        return jax.checkpoint(layer_norm, prevent_cse=False)(x, gamma, beta)
+
+
+def layer_norm(x: jax.Array, gamma: jax.Array, beta: jax.Array) -> jax.Array:
+    """gamma (x - mean) / (std + eps) + beta over the last axis of x [..., D]."""
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    # The root has no finite slope at 0, where a position stands that never got any output.
+    varies = variance > 0
+    std = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
+    return gamma * (centred / (std + LAYER_NORM_EPS)) + beta
 
 
 def attend(
@@ -103,16 +110,57 @@ def attend(
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=causal, implementation=fused
         )
-    if causal:
-        mask = mask & jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))  # [B, 1, T, S]
     # Heads in front of positions: the layout in which the CPU's batched matmul is fastest.
     q = query.transpose(0, 2, 1, 3) * query.shape[-1] ** -0.5  # [B, heads, T, K]
-    scores = jnp.matmul(q, key.transpose(0, 2, 3, 1))  # [B, heads, T, S]
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    out = jnp.matmul(weights, value.transpose(0, 2, 1, 3))  # [B, heads, T, K_v]
+    out = _weighted_values(q, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), mask, causal)
     return out.transpose(0, 2, 1, 3)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _weighted_values(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool
+) -> jax.Array:
+    """softmax(Q K^T) V on [B, heads, L, .] under mask bool [B, 1, 1, S]."""
+    return _attend_forward(query, key, value, mask, causal)[0]
+
+
+def _attend_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, causal: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    scores = jnp.matmul(query, key.swapaxes(2, 3))  # [B, heads, T, S]
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    seen = _seen(mask, causal, scores.shape)
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    weights = weights.astype(value.dtype)
+    return jnp.matmul(weights, value), (query, key, value, mask, weights)
+
+
+def _attend_backward(
+    causal: bool, kept: tuple[jax.Array, ...], slope: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    """The gradient from the weights alone; left to itself, JAX stores three such arrays and masks.
+
+    dV = W^T g, dW = g V^T, dScores = W * (dW - rowsum(W * dW)), dQ = dScores K, dK = dScores^T Q.
+    """
+    query, key, value, mask, weights = kept
+    exact = jnp.promote_types(weights.dtype, jnp.float32)
+    into_weights = jnp.matmul(slope, value.swapaxes(2, 3)).astype(exact) * weights
+    into_scores = into_weights - weights * jnp.sum(into_weights, axis=-1, keepdims=True)
+    into_scores = jnp.where(_seen(mask, causal, weights.shape), into_scores, 0).astype(query.dtype)
+    return (
+        jnp.matmul(into_scores, key),
+        jnp.matmul(into_scores.swapaxes(2, 3), query),
+        jnp.matmul(weights.swapaxes(2, 3), slope),
+        None,
+    )
+
+
+_weighted_values.defvjp(_attend_forward, _attend_backward)
+
+
+def _seen(mask: jax.Array, causal: bool, shape: tuple[int, ...]) -> jax.Array:
+    """Which of [B, heads, T, S] may be attended, as a broadcastable mask."""
+    return mask & jnp.tril(jnp.ones(shape[2:], bool)) if causal else mask
 
 
 def _choose(query: jax.Array, value: jax.Array) -> str:
@@ -143,19 +191,28 @@ class MultiHeadAttention(nn.Module):
 
     def project(self, memory: jax.Array) -> KeyValue:
         """memory [B, S, H] -> keys [B, S, heads, K], values [B, S, heads, K_v]."""
-        return self._split(self.key(memory)), self._split(self.value(memory))
+        rows = memory.shape[0]
+        # Flattened once: every reshape of its own would be stored for the backward pass.
+        flat = memory.reshape(-1, memory.shape[-1])
+        return self._split(self.key(flat), rows), self._split(self.value(flat), rows)
 
     def __call__(
-        self, x: jax.Array, memory: KeyValue, key_mask: jax.Array, causal: bool = False
+        self, x: jax.Array, memory: KeyValue | None, key_mask: jax.Array, causal: bool = False
     ) -> jax.Array:
-        """x [B, T, H] attends to `memory` under key_mask [B, S] -> [B, T, H] in x's dtype."""
-        query = self._split(self.query(x))
+        """x [B, T, H] attends to `memory` under key_mask [B, S] -> [B, T, H] in x's dtype.
+
+        Without `memory` it attends to itself.
+        """
+        rows, flat = x.shape[0], x.reshape(-1, x.shape[-1])
+        query = self._split(self.query(flat), rows)
+        if memory is None:
+            memory = self._split(self.key(flat), rows), self._split(self.value(flat), rows)
         impl = self.settings.attn_impl
         out = attend(query, *memory, key_mask, causal=causal, impl=impl)
-        return self.output(out.reshape(*x.shape[:2], -1)).astype(x.dtype)
+        return self.output(out.reshape(flat.shape[0], -1)).reshape(x.shape).astype(x.dtype)
 
-    def _split(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], self.settings.heads, -1)
+    def _split(self, flat: jax.Array, rows: int) -> jax.Array:
+        return flat.reshape(rows, -1, self.settings.heads, flat.shape[-1] // self.settings.heads)
 
 
 class FeedForward(nn.Module):
@@ -186,8 +243,7 @@ class EncoderBlock(nn.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
         """x [B, S, H] under mask bool [B, S] -> [B, S, H]."""
-        u = self.norm_attention(x)
-        x = x + self.attention(u, self.attention.project(u), mask, causal)
+        x = x + self.attention(self.norm_attention(x), None, mask, causal)
         return x + self.feed_forward(self.norm_feed_forward(x))
 
 
