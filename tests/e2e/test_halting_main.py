@@ -171,7 +171,10 @@ REFUSED = {
     "key of another task": (["--config.task.max_n=3"], ["task.max_n", "parity"]),
     "key of another model": (["--config.ut.heads=2"], ["ut.heads", "act_rnn"]),
     "key of another halting": (["--config.act.prior=0.5"], ["act.prior", "pondernet"]),
-    "warm-up of a constant rate": (["--config.optim.warmup_steps=3"], ["warmup_steps", "constant"]),
+    "warm-up of a constant rate": (
+        ["--config.optim.schedule=constant", "--config.optim.warmup_steps=3"],
+        ["warmup_steps", "constant"],
+    ),
     "unknown task": (["--config.task.name=partiy"], ["task.name", "parity"]),
     "out of range": (["--config.act.time_limit=0"], ["act.time_limit=0"]),
     "trm without a grid": (["--config.model.type=trm"], ["trm", "parity"]),

@@ -174,6 +174,7 @@ def test_prepared_data_can_be_trained_on(
     assert [s["gold"] for s in samples] == [QUESTIONS[i]["answer"] for i in (0, 1, 3)]
 
 
+@pytest.mark.slow
 def test_pretraining_continues_and_its_model_trains(
     main: Main, tmp_path: Path, terminate_before_save: Callable[[int], None]
 ) -> None:

@@ -487,6 +487,7 @@ def _mazes(count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, labels
 
 
+@pytest.mark.slow
 def test_learns_sixteen_mazes_by_heart() -> None:
     """A few hundred optimiser steps fit 16 mazes, and the halting head knows it."""
     tokens, labels = (jnp.asarray(x) for x in _mazes(16, 6))
