@@ -149,6 +149,32 @@ def compare(
     )
 
 
+def rates(
+    name: str,
+    timings: Timings,
+    base: tuple[str, int],
+    other: tuple[str, int],
+    bar: float | None = None,
+) -> Row:
+    """Items per second of `other` beside `base`; each is (name, items per call).
+
+    bar = the least the ratio of the rates may be.
+    """
+    speed = {n: items / timings.median(n) for n, items in (base, other)}
+    ratio = timings.ratio(base[0], other[0]) * other[1] / base[1]
+    return Row(
+        name,
+        speed[other[0]],
+        speed[base[0]],
+        ratio,
+        bar,
+        at_least=True,
+        unit="/s",
+        compile_seconds=timings.compile_seconds,
+        traces=timings.traces,
+    )
+
+
 def format_rows(rows: Sequence[Row]) -> str:
     """The table that is printed."""
     width = max(len(row.name) for row in rows)

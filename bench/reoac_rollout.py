@@ -41,6 +41,7 @@ from bench import (
     format_rows,
     machine,
     plain_python_reoac,
+    rates,
     take_turns,
 )
 from bench.reoac_scenes import (
@@ -316,22 +317,6 @@ def faster(name: str, timings: Timings, slow: str, fast: str, bar: float) -> Row
     return dataclasses.replace(row, work=row.floor, floor=row.work, at_least=True)
 
 
-def rates(name: str, timings: Timings, base: tuple[str, int], other: tuple[str, int]) -> Row:
-    """Items per second of `other` beside `base`; each is (name, items per call)."""
-    speed = {n: items / timings.median(n) for n, items in (base, other)}
-    ratio = timings.ratio(base[0], other[0]) * other[1] / base[1]
-    return Row(
-        name,
-        speed[other[0]],
-        speed[base[0]],
-        ratio,
-        at_least=True,
-        unit="/s",
-        compile_seconds=timings.compile_seconds,
-        traces=timings.traces,
-    )
-
-
 def episode_rows(sizes: Sizes, repeats: int) -> list[Row]:
     """Episodes per second over the batch size."""
     scene = embedded_scene(sizes, "plus")
@@ -415,8 +400,8 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
             things[f"products {b}"] = functools.partial(bare, weights, x)
         timings = take_turns(things, repeats, counter)
         name = f"decode tokens/s {title}, batch {batch} / 1"
-        row = rates(name, timings, ("1", gen_len), (str(batch), batch * gen_len))
-        rows.append(dataclasses.replace(row, bar=4.0))
+        tokens = (str(batch), batch * gen_len)
+        rows.append(rates(name, timings, ("1", gen_len), tokens, bar=4.0))
         base, other = ("products 1", block_size), (f"products {batch}", batch * block_size)
         rows.append(rates(f"decode, bare products {title}, {batch} / 1", timings, base, other))
     return rows
