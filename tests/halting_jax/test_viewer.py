@@ -129,6 +129,7 @@ def test_fixed_steps_overrule_halting(opened: Open) -> None:
     assert sample.curve == () and sample.frames == ()
 
 
+@pytest.mark.slow
 def test_recursive_curve_tells_when_the_row_stops(opened: Open) -> None:
     run = opened("maze_trm")
     sample = describe(run, "", 0, frame_limit=0)
