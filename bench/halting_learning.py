@@ -189,7 +189,11 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    swept = any("_tau" in name for name in claims)
+    figure, axes = plt.subplots(
+        1, 2 if swept else 1, figsize=(11 if swept else 6, 4), layout="constrained", squeeze=False
+    )
+    left = axes[0, 0]
     penalties: dict[float, list[float]] = {}
     for name, claim in claims.items():
         runs = claim["seeds"].values()
@@ -207,12 +211,14 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
             left.plot(middle, steps, marker="o", markersize=3, color=colour, label=label)
     left.set(xlabel="difficulty (bits, digits, gates, items, moves)", ylabel="mean ponder steps")
     left.legend(fontsize=8)
-    order = sorted(penalties)
-    for tau, steps in penalties.items():
-        right.plot([order.index(tau)] * len(steps), steps, "o", color="C0")
-    right.plot(range(len(order)), [sum(penalties[t]) / len(penalties[t]) for t in order])
-    right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])
-    right.set(xlabel="time penalty tau (8 random bits)", ylabel="mean ponder steps")
+    if swept:
+        right = axes[0, 1]
+        order = sorted(penalties)
+        for tau, steps in penalties.items():
+            right.plot([order.index(tau)] * len(steps), steps, "o", color="C0")
+        right.plot(range(len(order)), [sum(penalties[t]) / len(penalties[t]) for t in order])
+        right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])
+        right.set(xlabel="time penalty tau (8 random bits)", ylabel="mean ponder steps")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
