@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
 
@@ -121,7 +122,8 @@ class Checkpointer:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state), host=ocp.args.JsonSave(document)
+                    state=ocp.args.PyTreeSave(jax.tree.map(_storable, state)),
+                    host=ocp.args.JsonSave(document),
                 ),
                 force=True,
             )
@@ -226,7 +228,7 @@ class Checkpointer:
         )
         self._compare_settings(step, document["settings"], partial)
         _compare_leaves(directory, document["leaves"], _describe(target_state), partial)
-        target = jax.tree.map(_abstract, target_state)
+        target = jax.tree.map(lambda leaf: _abstract(_storable(leaf)), target_state)
         arguments = ocp.args.PyTreeRestore(
             target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -236,7 +238,7 @@ class Checkpointer:
             lambda: self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"],
             verified,
         )
-        return state, document["host"]
+        return jax.tree.map(_as_wanted, state, target_state), document["host"]
 
     def _compare_settings(self, step: int, saved: Mapping[str, Any], partial: bool) -> None:
         if not self._settings:
@@ -323,6 +325,22 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
         dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         described[name] = [list(np.shape(leaf)), str(dtype)]
     return described
+
+
+def _storable(leaf: Any) -> Any:
+    """The leaf, or one zero in the place of an empty array, which Orbax refuses to save."""
+    if np.size(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((1,), leaf.dtype)
+    return np.zeros((1,), leaf.dtype)
+
+
+def _as_wanted(restored: Any, leaf: Any) -> Any:
+    """Undoes `_storable`."""
+    if np.size(leaf):
+        return restored
+    return jnp.zeros(np.shape(leaf), leaf.dtype, device=getattr(leaf, "sharding", None))
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

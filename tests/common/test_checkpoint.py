@@ -234,3 +234,12 @@ def test_kill_during_save_leaves_the_previous_step(tmp_path: Path) -> None:
         assert not _unfinished(directory)
         checkpointer.save(host["step"] + 1, target, {"step": -1})
         assert checkpointer.latest_step() == host["step"] + 1
+
+
+def test_empty_arrays_come_back_empty(tmp_path: Path) -> None:
+    state = {"rows": jnp.ones((3, 2)), "nothing": jnp.zeros((3, 0), jnp.int32)}
+    with Checkpointer(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    assert restored["nothing"].shape == (3, 0) and restored["nothing"].dtype == jnp.int32
+    np.testing.assert_array_equal(restored["rows"], state["rows"])
