@@ -1,0 +1,270 @@
+"""Append-only outputs of a generation run: samples, diagnostics, errors, and what is done already.
+
+A sample is committed by its data line. Its diagnostics line is written before, so a crash can leave
+diagnostics without data but never the reverse; on start a torn last line is cut and diagnostics
+without data are dropped. What is done follows from the data lines of all shards alone.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from common.errors import UserError, require
+from common.rundir import atomic_write, atomic_write_json, json_text, read_jsonl, repair_jsonl
+
+SYNC_SECONDS = 2.0
+Done = tuple[int, int]  # sample_idx, repeat
+
+
+def output_paths(output: str | Path, shard: tuple[int, int] = (0, 1)) -> dict[str, Path]:
+    """The files of one shard: data, diagnostics, errors, manifest, lock.
+
+    Args:
+        output: the data file, or its name without ".jsonl".
+        shard: (index, count); with one shard the names are plain.
+    """
+    base = Path(output)
+    stem = base.name.removesuffix(".jsonl")
+    index, count = shard
+    part = "" if count == 1 else f".shard-{index}-of-{count}"
+    return {
+        "data": base.with_name(f"{stem}{part}.jsonl"),
+        "diagnostics": base.with_name(f"{stem}{part}.diagnostics.jsonl"),
+        "errors": base.with_name(f"{stem}{part}.errors.jsonl"),
+        "manifest": base.with_name(f"{stem}.manifest.json"),
+        "lock": base.with_name(f".{stem}{part}.lock"),
+    }
+
+
+def all_data_files(output: str | Path) -> list[Path]:
+    """The data files of every shard that ever wrote to this output."""
+    plain = output_paths(output)["data"]
+    stem = plain.name.removesuffix(".jsonl")
+    shards = plain.parent.glob(f"{stem}.shard-*-of-*.jsonl")
+    suffixes = (".diagnostics.jsonl", ".errors.jsonl")
+    return [plain, *sorted(p for p in shards if not p.name.endswith(suffixes))]
+
+
+def row_key(row: Mapping[str, Any]) -> Done:
+    """(sample_idx, repeat) of a data or diagnostics line."""
+    return int(row["sample_idx"]), int(row.get("repeat", 0))
+
+
+def done_samples(output: str | Path) -> set[Done]:
+    """What the data files of all shards hold already; unfinished last lines do not count."""
+    return {
+        row_key(row) for path in all_data_files(output) if path.exists() for row in read_jsonl(path)
+    }
+
+
+class Journal:
+    """The open output files of one shard; a second process is refused.
+
+    Use as a context manager.
+    """
+
+    def __init__(
+        self, output: str | Path, shard: tuple[int, int] = (0, 1), overwrite: bool = False
+    ) -> None:
+        """Takes the lock, mends what a crash left behind and reads what is done.
+
+        Args:
+            output: the data file.
+            shard: (index, count).
+            overwrite: discards this shard's files.
+
+        Raises:
+            UserError: if another process writes to this shard, or a file is damaged.
+        """
+        self.paths = output_paths(output, shard)
+        self.paths["data"].parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.paths["lock"], self.paths["data"])
+        self._files: dict[str, int] = {}
+        try:
+            if overwrite:
+                for name in ("data", "diagnostics", "errors"):
+                    self.paths[name].unlink(missing_ok=True)
+            repair_jsonl(self.paths["data"])
+            self._drop_orphans()
+            self.done = done_samples(output)
+            # Errors are tried again, so those of the last run are void.
+            self.paths["errors"].unlink(missing_ok=True)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._last_sync = time.monotonic()
+
+    def _drop_orphans(self) -> None:
+        """Rewrites the diagnostics without the lines that have no sample."""
+        path = self.paths["diagnostics"]
+        if not path.exists():
+            return
+        repair_jsonl(path)
+        data = self.paths["data"]
+        known = {row_key(row) for row in read_jsonl(data)} if data.exists() else set()
+        rows = read_jsonl(path)
+        # After a crash between both lines the sample is generated again: the last line counts.
+        kept = {row_key(row): row for row in rows if row_key(row) in known}
+        if len(kept) != len(rows):
+            atomic_write(path, "".join(json_text(row) + "\n" for row in kept.values()))
+
+    def write(self, row: Mapping[str, Any], diagnostics: Mapping[str, Any] | None = None) -> None:
+        """Commits one sample: its diagnostics line, then its data line."""
+        if diagnostics is not None:
+            self._append("diagnostics", diagnostics)
+        self._append("data", row)
+        self.done.add(row_key(row))
+        if time.monotonic() - self._last_sync >= SYNC_SECONDS:
+            self.sync()
+
+    def write_error(self, sample_idx: int, stage: str, message: str) -> None:
+        """Records that a row could not be used."""
+        self._append("errors", {"sample_idx": sample_idx, "stage": stage, "message": message})
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        """One line in one write to an append-mode descriptor."""
+        if name not in self._files:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._files[name] = os.open(self.paths[name], flags, 0o666)
+        line = (json_text(row) + "\n").encode()
+        written = os.write(self._files[name], line)
+        if written != len(line):
+            raise OSError(f"{self.paths[name]}: the disk took only a part of a line")
+
+    def sync(self) -> None:
+        """Makes everything written so far survive a power cut; diagnostics before data."""
+        for name in sorted(self._files, reverse=True):
+            os.fsync(self._files[name])
+        self._last_sync = time.monotonic()
+
+    def close(self) -> None:
+        """Syncs and lets the files and the lock go."""
+        if self._lock < 0:
+            return
+        self.sync()
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files = {}
+        os.close(self._lock)
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        """The journal itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes it."""
+        self.close()
+
+
+def sort_output(output: str | Path, shard: tuple[int, int] = (0, 1)) -> None:
+    """Rewrites a shard's data and diagnostics in the order of sample and repeat, atomically."""
+    paths = output_paths(output, shard)
+    for name in ("data", "diagnostics"):
+        if paths[name].exists():
+            rows = sorted(read_jsonl(paths[name]), key=row_key)
+            atomic_write(paths[name], "".join(json_text(row) + "\n" for row in rows))
+
+
+def data_row(
+    messages: Iterable[Mapping[str, str]],
+    text: str,
+    metadata: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The data line of a sample: the prompt's messages with the answer, then the metadata.
+
+    Args:
+        messages: the prompt's history.
+        text: what was generated, without special tokens.
+        metadata: `sample_idx` and `original_*`.
+        extra: reference, finish_reason, n_tokens, repeat; None = the plain schema.
+    """
+    answer = {"role": "assistant", "content": text}
+    return {"messages": [*map(dict, messages), answer], **metadata, **(extra or {})}
+
+
+# --------------------------------------------------------------------------------------- manifest
+# Settings that may change between two starts of one run.
+FREE_KEYS = ("start_idx", "num_samples", "shard", "slots", "overwrite", "sort_output", "output")
+
+
+def semantic_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved config that decides what is generated."""
+    kept = {key: dict(v) if isinstance(v, Mapping) else v for key, v in config.items()}
+    if isinstance(kept.get("run"), dict):
+        kept["run"] = {k: v for k, v in kept["run"].items() if k not in FREE_KEYS}
+    return kept
+
+
+def check_manifest(path: str | Path, manifest: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Writes the manifest of a new run, or compares it with the one that is being continued.
+
+    Args:
+        path: the manifest file.
+        manifest: whatever decides what is generated, in nested dicts.
+        overwrite: the old run is discarded.
+
+    Raises:
+        UserError: if a key differs; lists the keys.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        old = _flat(read_manifest(path))
+        new = _flat(manifest)
+        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:6])
+        require(
+            not changed,
+            f"{path}: this output was begun with other settings: {shown}; use the same, another "
+            "run.output, or run.overwrite=True",
+        )
+        return
+    atomic_write_json(path, dict(manifest))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The one JSON object of a file.
+
+    Raises:
+        UserError: if it holds none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error}); remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a readable manifest; remove it")
+    return found
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
+    """Nested dicts as dotted keys with JSON texts."""
+    if isinstance(tree, Mapping) and tree:
+        return {
+            k: v
+            for name, value in tree.items()
+            for k, v in _flat(value, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: json_text(tree)}
+
+
+def _take_lock(path: Path, data: Path) -> int:
+    """An open descriptor that holds the shard's lock.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise UserError(
+            f"{data}: another process is writing to it; wait or use run.shard"
+        ) from None
+    return descriptor
