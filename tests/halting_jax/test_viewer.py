@@ -153,6 +153,7 @@ def test_parity_description(opened: Open, parity: Sample) -> None:
     assert parity.final.confidence == pytest.approx(probability, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_addition_has_longer_sums_out_of_distribution(opened: Open) -> None:
     run = opened("addition")
     trained = run.trained.config.task.sequence_length
