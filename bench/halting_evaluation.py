@@ -32,6 +32,8 @@ class Case:
       title: in the table; built: task and model; examples: the set, on the device.
       batch_size: rows per call.
       scales: of the halting kernel, tried until rows differ enough.
+      amplified: factor of the embeddings of tokens; the signals of the Universal Transformer, the
+        same in every row, would otherwise stop all rows at the same hop.
       judged: whether the bar applies; the others are for information.
     """
 
@@ -40,6 +42,7 @@ class Case:
     examples: Batch
     batch_size: int
     scales: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0)
+    amplified: float = 1.0
     judged: bool = True
 
 
@@ -66,7 +69,8 @@ def cases(sizes: Sizes) -> list[Case]:
         config.ut.act, config.ut.act_level = True, level
         config.ut.max_hops = sizes.eval_limit
         config.model.hidden_size = sizes.eval_grid_hidden
-        found.append(Case(f"UT per {level}", _grid(config, side), grids, batch_size))
+        title = f"UT per {level}"
+        found.append(Case(title, _grid(config, side), grids, batch_size, amplified=10.0))
     config = get_config("maze_ut", "trm10")
     config.model.hidden_size = sizes.eval_grid_hidden
     config.trm.layers, config.trm.inner_cycles, config.trm.cycles = sizes.eval_trm
@@ -109,7 +113,7 @@ def spread_halting(case: Case, wanted: float) -> Params:
     def changed(scale: float | jax.Array, bias: float | jax.Array) -> Params:
         def change(name: str, leaf: jax.Array) -> jax.Array:
             if not re.search(model.halting_path, name):
-                return leaf
+                return leaf * case.amplified if name == "embedding/table" else leaf
             if name.endswith("bias"):
                 return jnp.full_like(leaf, bias)
             return scale * jax.random.normal(jax.random.key(1), leaf.shape)

@@ -145,9 +145,9 @@ def maze_config(name: str, variant: str, sizes: Sizes) -> ConfigDict:
 
 
 def random_grids(rows: int, side: int, seed: int = 0) -> Batch:
-    """Grids of random tokens; every row has its own mixture, as mazes differ in their walls."""
+    """Grids of random tokens, in every row of another mixture with one or two frequent ones."""
     rng = np.random.default_rng(seed)
-    share = rng.dirichlet(np.full(MAZE_TOKENS - 1, 0.5), rows)  # [B, V - 1]
+    share = rng.dirichlet(np.full(MAZE_TOKENS - 1, 0.1), rows)  # [B, V - 1]
     drawn = rng.random((rows, side * side, 1)) > np.cumsum(share, axis=1)[:, None, :-1]
     tokens = (1 + drawn.sum(axis=2)).astype(np.int32)
     present = jnp.ones(tokens.shape, bool)

@@ -14,7 +14,7 @@ import streamlit as st
 
 from common.errors import UserError
 from halting_jax.viewer import CHECKPOINT, DATA, ROOT
-from halting_jax.viewer_cards import path_text
+from halting_jax.viewer_cards import path_word
 from halting_jax.viewer_compare import Measured, measure
 from halting_jax.viewer_data import FRAME_LIMIT, Sample, describe
 from halting_jax.viewer_metrics import (
@@ -139,7 +139,7 @@ def _numbers(sample: Sample) -> None:
         sample.unit.capitalize(): str(sample.difficulty),
     }
     if final.valid is not None:
-        shown["Path"] = path_text(final)
+        shown["Path"] = path_word(final)
     for place, (name, value) in zip(st.columns(len(shown)), shown.items(), strict=True):
         place.metric(name, value)
 

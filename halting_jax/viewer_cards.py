@@ -52,15 +52,15 @@ def said_of(sample: Sample, frame: Frame | None = None) -> str:
         f"mean probability {frame.confidence:.0%}",
     ]
     if frame.valid is not None:
-        parts.append(path_text(frame))
+        parts.append(f"path: {path_word(frame)}")
     return f"{when}: {', '.join(parts)}"
 
 
-def path_text(frame: Frame) -> str:
+def path_word(frame: Frame) -> str:
     """Whether a maze's marks form a path."""
     if frame.optimal:
-        return "shortest path"
-    return "valid path" if frame.valid else "no valid path"
+        return "shortest"
+    return "valid" if frame.valid else "none"
 
 
 def sample_card(sample: Sample, number: int = 1) -> str:
@@ -206,7 +206,7 @@ def _step_table(sample: Sample) -> str:
             _yes(frame.exact),
         ]
         if frame.valid is not None:
-            row.append("shortest" if frame.optimal else "valid" if frame.valid else "none")
+            row.append(path_word(frame))
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
     heads = "".join(f'<th scope="col">{name}</th>' for name in head)
     return (

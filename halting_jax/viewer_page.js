@@ -27,8 +27,8 @@
 
   function crosses(right, side) {
     return right.map(function (good, i) {
-      var x = i % side + 0.2, y = Math.floor(i / side) + 0.2;
-      return good ? "" : "M" + x + " " + y + "l.6 .6m0-.6l-.6 .6";
+      var x = i % side + 0.1, y = Math.floor(i / side) + 0.1;
+      return good ? "" : "M" + x + " " + y + "l.8 .8m0-.8l-.8 .8";
     }).join("");
   }
 

@@ -83,7 +83,7 @@ def squares(places: Sequence[int], side: int) -> str:
 def crosses(right: Sequence[bool], side: int) -> str:
     """Path data of a cross in every cell that is not right."""
     return "".join(
-        f"M{i % side + 0.2:g} {i // side + 0.2:g}l.6 .6m0-.6l-.6 .6"
+        f"M{i % side + 0.1:g} {i // side + 0.1:g}l.8 .8m0-.8l-.8 .8"
         for i, good in enumerate(right)
         if not good
     )

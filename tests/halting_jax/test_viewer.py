@@ -369,7 +369,7 @@ def test_shades_run_from_least_to_most() -> None:
 
 def test_squares_join_neighbours_within_a_row() -> None:
     assert viewer_svg.squares([0, 1, 2, 3], 3) == "M0 0h3v1h-3zM0 1h1v1h-1z"
-    assert viewer_svg.crosses([True, False, True], 3) == "M1.2 0.2l.6 .6m0-.6l-.6 .6"
+    assert viewer_svg.crosses([True, False, True], 3) == "M1.1 0.1l.8 .8m0-.8l-.8 .8"
 
 
 # ------------------------------------------------------------------------------------ the page

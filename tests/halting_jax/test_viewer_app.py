@@ -72,7 +72,7 @@ def test_samples_page_shows_mazes(app: Any, runs: Path) -> None:
     app.run()
     assert not app.exception
     shown = {metric.label: metric.value for metric in app.metric}
-    assert shown["Path"] == "no valid path" and shown["Cells right"].endswith("%")
+    assert shown["Path"] == "none" and shown["Cells right"].endswith("%")
     app.sidebar.radio[0].set_value("In and out of distribution")
     app.run()
     assert "read from files" in app.info[0].value

@@ -103,6 +103,13 @@ def run_call(case: Case, execution: str, dtype: Any) -> tuple[Any, Any]:
     return jax.device_get(run(params, x, initial))
 
 
+@pytest.mark.parametrize(
+    "kind", ["act_cell", "seq_lstm_paper", "act_puzzle", "parity", "addition", "copy_reverse"]
+)
+def test_there_are_cases(kind: str) -> None:
+    assert any(case.meta.get("model_type", "act_rnn") == "act_rnn" for case in cases(kind))
+
+
 # Every case by the loop that trains, and by one of the others in turn.
 RUNS = [
     (case, execution)
@@ -360,7 +367,6 @@ def test_addition_as_the_original_pads(case: Case, name: str) -> None:
             case, addition_shape(case), model_settings(case), batch, cross_entropy, dtype
         )
     out = case.part("out")
-    # Padding of -100 makes pre-activations of some hundreds: float32 keeps fewer digits there.
     close(np.swapaxes(outputs.logits, 0, 1), out["logits"], name)
     for value, key in zip(
         losses, ("loss_total", "loss_classification", "ponder_cost"), strict=True

