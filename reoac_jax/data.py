@@ -6,8 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.problems import Difficulty, ProblemSet
 from reoac_jax.prep import GENERATED, load_split
-from reoac_jax.problems import Difficulty, ProblemSet
 from reoac_jax.prompts import PromptSet, encode_prompts
 from reoac_jax.tokenizer import Tokenizer
 

@@ -359,7 +359,7 @@ def problem_texts(size: int, seed: int = 0) -> Iterable[str]:
     Returns:
         Iterator of texts.
     """
-    from reoac_jax.problems import ProblemSet
+    from common.problems import ProblemSet
 
     return (f"{p['prompt']} {p['target_answer']}" for p in ProblemSet("train", size, seed))
 

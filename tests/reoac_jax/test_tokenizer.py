@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from reoac_jax.problems import ProblemSet
+from common.problems import ProblemSet
 from reoac_jax.tokenizer import (
     EMBEDDED_DIR,
     Tokenizer,

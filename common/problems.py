@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from common.errors import UserError
-from reoac_jax.problem_wording import FRACTION, GROWS, SETTINGS, TIMES
+from common.problem_wording import FRACTION, GROWS, SETTINGS, TIMES
 
 SPLITS = ("train", "test")
 TEST_SHARE = 10  # one chain in TEST_SHARE belongs to the test split
