@@ -47,6 +47,7 @@ from bench import (
 from bench.reoac_scenes import (
     Scene,
     Sizes,
+    decoding_network,
     embedded_scene,
     first_rows,
     large_scene,
@@ -362,10 +363,9 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
     products, whose own gain from more rows is measured beside it.
     """
     batch, width, gen_len, block_size = sizes.decode
-    small = dataclasses.replace(sizes, vocab=sizes.small_vocab, width=sizes.small_width)
     rows = []
-    for title, shape in (("bundled sizes", small), (f"V={sizes.vocab}", sizes)):
-        cfg = network(shape, block_size, width + gen_len, "blockwise")
+    for title in sizes.decoded:
+        cfg = decoding_network(title, sizes)
         params = e2d2.init_params(jax.random.key(0), cfg)
         weights = jax.jit(decode_weights, static_argnums=1)(params, cfg)
         settings = DecodeSettings(stop_at_eos=False)
@@ -395,7 +395,7 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
         run, bare = counter.jit(decode), counter.jit(products)
         things: dict[str, Callable[[], Any]] = {}
         for b in (1, batch):
-            x = jnp.ones((b * block_size, shape.width))
+            x = jnp.ones((b * block_size, cfg.hidden_size))
             things[str(b)] = functools.partial(run, weights, jnp.asarray(prompt[:b]))
             things[f"products {b}"] = functools.partial(bare, weights, x)
         timings = take_turns(things, repeats, counter)

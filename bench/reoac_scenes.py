@@ -38,7 +38,7 @@ class Sizes:
       features: (B, P, G).
       batches: of the episodes per second.
       score: (B, P, G, bucketed length, training length).
-      decode: (batch, P, G, block size).
+      decode: (batch, P, G, block size); decoded: which networks, names of `decoding_networks`.
     """
 
     batch: int = 0
@@ -63,6 +63,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 16, 64)
     score: tuple[int, int, int, int, int] = (1, 100, 128, 256, 1024)
     decode: tuple[int, int, int, int] = (8, 48, 32, 4)
+    decoded: tuple[str, ...] = ("bundled sizes", "V=50258", "e2d2-owt sizes")
 
 
 TINY = Sizes(
@@ -83,6 +84,7 @@ TINY = Sizes(
     batches=(4,),
     score=(1, 8, 8, 16, 32),
     decode=(2, 8, 8, 4),
+    decoded=("bundled sizes", "V=50258"),
 )
 
 
@@ -175,6 +177,26 @@ def network(sizes: Sizes, block_size: int, length: int, mode: str) -> e2d2.E2D2C
         bos_id=sizes.vocab - 2,
         eos_id=sizes.vocab - 2,
         score_mode=mode,
+    )
+
+
+def decoding_network(name: str, sizes: Sizes) -> e2d2.E2D2Config:
+    """The random E2D2 of one row of block decoding; "e2d2-owt sizes" are those that were released."""
+    _, prompt_width, gen_len, block_size = sizes.decode
+    if name == "bundled sizes":
+        sizes = dataclasses.replace(sizes, vocab=sizes.small_vocab, width=sizes.small_width)
+    cfg = network(sizes, block_size, prompt_width + gen_len, "blockwise")
+    if name != "e2d2-owt sizes":
+        return cfg
+    return dataclasses.replace(
+        cfg,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_encoder_layers=10,
+        num_decoder_layers=2,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
     )
 
 
