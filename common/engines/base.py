@@ -10,7 +10,7 @@ again unsteered; under "persistent" the steered cache is kept.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -144,6 +144,11 @@ class Work(NamedTuple):
     probe_reused: int = 0
 
 
+OnRollout = Callable[[int, int, Rollout], None]
+"""Called as soon as a rollout is complete: index of its prompt, its place among the prompt's rows,
+the rollout. Prompts complete in any order."""
+
+
 class Stream(Protocol):
     """S rows that advance segment by segment."""
 
@@ -199,6 +204,7 @@ class Engine(Protocol):
         rows: Sequence[Sequence[int]],
         decoding: Decoding,
         max_new_tokens: int,
+        on_rollout: OnRollout | None = None,
     ) -> list[list[Rollout]]:
         """Continues prompt i once for every entry of rows[i] (its randomness), unsteered."""
         ...
