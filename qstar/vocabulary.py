@@ -82,9 +82,10 @@ def align(theta: Mapping[str, int], t: Mapping[str, int]) -> Alignment:
     )
 
 
-def take_columns(logits: jax.Array, columns: np.ndarray) -> jax.Array:
+def take_columns(logits: jax.Array, columns: np.ndarray | jax.Array) -> jax.Array:
     """Logits [B, W] of one model over aligned columns [U] -> [B, U], -inf where it has none."""
-    taken = jnp.take(logits, np.maximum(columns, 0), axis=-1)
+    columns = jnp.asarray(columns)
+    taken = jnp.take(logits, jnp.maximum(columns, 0), axis=-1)
     return jnp.where(columns == _ABSENT, -jnp.inf, taken)
 
 
