@@ -24,14 +24,16 @@ INSTRUCTION = (
 
 # Of ten problems in a row, four add, four subtract, one multiplies and one divides.
 _BLOCK = "++++----*/"
-_NAMES = tuple(
-    "Tom Anna Ben Maya Sam Lucy Jack Emma Max Nora Will Ella Adam Ruby Luke Ivy Paul Jane Eric "
-    "Rosa".split(" ")
+# fmt: off
+_NAMES = (
+    "Tom", "Anna", "Ben", "Maya", "Sam", "Lucy", "Jack", "Emma", "Max", "Nora", "Will", "Ella",
+    "Adam", "Ruby", "Luke", "Ivy", "Paul", "Jane", "Eric", "Rosa",
 )
-_THINGS = tuple(
-    "pens books apples coins stamps cards marbles shells cookies stickers balloons pencils "
-    "oranges buttons toys beads".split(" ")
+_THINGS = (
+    "pens", "books", "apples", "coins", "stamps", "cards", "marbles", "shells", "cookies",
+    "stickers", "balloons", "pencils", "oranges", "buttons", "toys", "beads",
 )
+# fmt: on
 _CONTAINERS = ("boxes", "bags", "baskets", "jars", "drawers")
 
 
