@@ -10,6 +10,8 @@ They describe q before special-token rules and filters, over the columns both mo
 keep each model's full normaliser. No ratio of probabilities is ever formed.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -111,13 +113,13 @@ def _sums(pair: Pair, alpha: jax.Array) -> tuple[jax.Array, ...]:
     floor = jnp.finfo(pair.x.dtype).min
     empty = pair.norms.empty[:, None]
 
-    def step(carry: tuple[jax.Array, ...], x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+    def step(carry: Any, x: jax.Array, y: jax.Array) -> Any:
         common, raised, d = pair.gap(x, y)
         log_y = pair.log_weight(y)
         base = jnp.where(common | empty, log_y, floor)
         raised = jnp.where(empty, 0.0, raised)
         *tails, mean, own = carry
-        new = []
+        new: list[Any] = []
         for s, (old_peak, total) in zip(exponents, tails, strict=True):
             term = base + s[:, None] * raised
             peak = jnp.maximum(old_peak, jnp.max(term, axis=-1))

@@ -146,7 +146,7 @@ def make_pair(x: jax.Array, y: jax.Array, temperature: float | jax.Array = 1.0) 
         empty=empty,
         invalid=~(jnp.isfinite(sum_x) & jnp.isfinite(sum_y)),
     )
-    return pair.replace(norms=norms)
+    return Pair(pair.x, pair.y, norms)
 
 
 def _overlap(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

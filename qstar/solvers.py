@@ -9,7 +9,7 @@ does not iterate on K' (a sigmoid where the models disagree) but on the almost l
     g' = P2 / P + N2 / N        (the same sums with d^2).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -270,7 +270,7 @@ def log_sums(
     """
     floor = jnp.finfo(pair.x.dtype).min
 
-    def step(carry: tuple[jax.Array, ...], x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+    def step(carry: Any, x: jax.Array, y: jax.Array) -> Any:
         common, raised, d = pair.gap(x, y)
         base = jnp.where(common, pair.log_weight(y), floor)
         new = []
