@@ -7,6 +7,7 @@ other slots or on when the row was started.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -37,6 +38,8 @@ FIELDS = (
     "log_t",
 )
 """What is kept of every token; `log_*` without "ess" and "z" are of the token itself."""
+
+Array = jax.Array | np.ndarray
 
 SOURCES = ("both", "theta", "t", "same")
 
@@ -130,12 +133,12 @@ def empty_slots(slots: int, max_new_tokens: int) -> Slots:
 
 def fill_slots(
     state: Slots,
-    slots: jax.Array,
-    sample_idx: jax.Array,
-    repeat: jax.Array,
-    last_theta: jax.Array,
-    last_t: jax.Array,
-    seed: int,
+    slots: Any,
+    sample_idx: Any,
+    repeat: Any,
+    last_theta: Array,
+    last_t: Array,
+    seed: Any,
 ) -> Slots:
     """Begins new sequences.
 
@@ -150,7 +153,7 @@ def fill_slots(
     slots = jnp.where(slots < 0, state.count.shape[0], slots)
     rows = slots.shape[0]
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+    def put(old: jax.Array, new: Array) -> jax.Array:
         return old.at[slots].set(new, mode="drop")
 
     no = jnp.zeros((rows,), bool)
