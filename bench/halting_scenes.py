@@ -25,7 +25,6 @@ from halting_jax.train import (
     make_source,
     optim_settings,
     padded,
-    place,
     progress_text,
     structure,
     training_row,
@@ -191,7 +190,7 @@ class Training:
         self._mesh = dist.make_mesh(config.parallel.num_devices)
         self._run = trainer_steps(self.built, self.settings, self.source, self.counter, self._mesh)
         self._rows = row_numbers(config.data.batch_size, self._mesh)
-        self._state = place(self._mesh, fresh_state(config, self.built, self.source, self.settings))
+        self._state, _ = fresh_state(config, self.built, self.source, self.settings, self._mesh)
         self._closing = contextlib.ExitStack()
         self._writer = self._closing.enter_context(
             MetricWriter(directory, tensorboard=config.logging.tensorboard)
@@ -217,8 +216,8 @@ class Training:
         """The steps up to the next line of the log, and that line."""
         config, count = self.config, self.steps
         batch_size = config.data.batch_size
-        sent = self.source.send(self._step, count, batch_size)
-        sent = padded(dist.shard_batch(self._mesh, sent), config.train.log_every)
+        sent = padded(self.source.send(self._step, count, batch_size), config.train.log_every)
+        sent = dist.shard_batch(self._mesh, sent)
         with self._timer.part("train"):
             self._state, sums = self._run(self._state, self._rows, sent, count)
             sums = jax.device_get(sums)

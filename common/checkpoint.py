@@ -3,6 +3,10 @@
 A step holds two items, `state` (a tree of arrays) and `host` (JSON), and `summary.json` with a
 checksum of every file. A step appears under its final name only when it is whole, so a kill during
 a save leaves the previous one; damage that happens later is found by the checksums.
+
+With several processes each writes the parts of the arrays that lie on its own devices; the first
+one adds the summary and verifies. All of them make the same calls. A step can be restored by any
+number of processes and devices.
 """
 
 import json
@@ -18,6 +22,7 @@ import numpy as np
 from absl import logging as absl_logging
 
 from common.errors import UserError, require
+from common.processes import is_main, on_main
 from common.rundir import atomic_write_json
 
 SUMMARY = "summary.json"
@@ -128,9 +133,7 @@ class Checkpointer:
                 force=True,
             )
             self._manager.wait_until_finished()
-            directory = self.directory / str(step)
-            checksums = {name: _checksum(directory / name) for name in _files(directory)}
-            atomic_write_json(directory / SUMMARY, {"metric": metric, "files": checksums})
+            on_main(lambda: self._summarise(step, metric))
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoint {step} to {self.directory} ({error.strerror or error}); "
@@ -138,6 +141,11 @@ class Checkpointer:
             ) from error
         self._last_saved = step
         self._prune()
+
+    def _summarise(self, step: int, metric: float | None) -> None:
+        directory = self.directory / str(step)
+        checksums = {name: _checksum(directory / name) for name in _files(directory)}
+        atomic_write_json(directory / SUMMARY, {"metric": metric, "files": checksums})
 
     def restore(
         self, target_state: Any, step: int | None = None, partial: bool = False
@@ -175,11 +183,12 @@ class Checkpointer:
                     raise UserError(
                         f"checkpoint {number} in {self.directory} is damaged ({error})"
                     ) from error
-                print(
-                    f"warning: checkpoint {number} in {self.directory} is damaged ({error}); "
-                    "trying the one before",
-                    file=sys.stderr,
-                )
+                if is_main():
+                    print(
+                        f"warning: checkpoint {number} in {self.directory} is damaged ({error}); "
+                        "trying the one before",
+                        file=sys.stderr,
+                    )
         raise UserError(
             f"{self.directory}: every checkpoint is damaged (steps {', '.join(map(str, steps))}); "
             "restore a copy or start in another --workdir"
@@ -191,6 +200,9 @@ class Checkpointer:
 
     def best_step(self) -> int | None:
         """Returns the step with the best metric, None if no step has one."""
+        return on_main(self._best_step)
+
+    def _best_step(self) -> int | None:
         rated = [(self._metric(step), step) for step in self.all_steps()]
         known = [(metric, step) for metric, step in rated if metric is not None]
         if not known or not self._best:
@@ -219,7 +231,7 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         directory = self.directory / str(step)
-        verified = _verify(directory)
+        verified = _verify_together(directory)
         document = _attempt(
             lambda: self._manager.restore(
                 step, args=ocp.args.Composite(host=ocp.args.JsonRestore())
@@ -317,6 +329,21 @@ def _verify(directory: Path) -> bool:
     return True
 
 
+def _verify_together(directory: Path) -> bool:
+    """`_verify` by the main process, its verdict for all: the files are read once."""
+
+    def verdict() -> list[Any]:
+        try:
+            return [_verify(directory), ""]
+        except _Damaged as error:
+            return [False, str(error)]
+
+    verified, damage = on_main(verdict)
+    if damage:
+        raise _Damaged(damage)
+    return bool(verified)
+
+
 def _describe(tree: Any) -> dict[str, list[Any]]:
     """Returns {leaf name: [shape, dtype name]}."""
     described: dict[str, list[Any]] = {}
@@ -329,11 +356,13 @@ def _describe(tree: Any) -> dict[str, list[Any]]:
 
 def _storable(leaf: Any) -> Any:
     """The leaf, or one zero in the place of an empty array, which Orbax refuses to save."""
-    if np.size(leaf):
-        return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((1,), leaf.dtype)
-    return np.zeros((1,), leaf.dtype)
+        return leaf if leaf.size else jax.ShapeDtypeStruct((1,), leaf.dtype)
+    if not np.size(leaf):
+        return np.zeros((1,), leaf.dtype)
+    if jax.process_count() > 1 and isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        return np.asarray(leaf)  # what every process holds is stored once
+    return leaf
 
 
 def _as_wanted(restored: Any, leaf: Any) -> Any:
@@ -345,11 +374,19 @@ def _as_wanted(restored: Any, leaf: Any) -> Any:
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None)
-    if sharding is None:
+    if sharding is None or not isinstance(sharding, jax.sharding.Sharding):
         # Otherwise Orbax looks for the devices of the run that saved.
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = _for_the_host()
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     return jax.ShapeDtypeStruct(np.shape(leaf), dtype, sharding=sharding)
+
+
+def _for_the_host() -> jax.sharding.Sharding:
+    """Where an array goes that the target holds on the host: readable by every process."""
+    if jax.process_count() == 1:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def _compare_leaves(

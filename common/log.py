@@ -9,6 +9,8 @@ import sys
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from common.processes import is_main
+
 
 def quiet_libraries() -> None:
     """Let libraries report warnings only; call once at start-up."""
@@ -17,9 +19,7 @@ def quiet_libraries() -> None:
 
 def info(message: str, *args: object) -> None:
     """Print a line without tearing a progress bar."""
-    import jax
-
-    if jax.process_index() == 0:
+    if is_main():
         tqdm.write(message % args if args else message, file=sys.stderr)
 
 

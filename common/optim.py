@@ -65,6 +65,7 @@ def make_optimizer(
     schedule: str = "constant",
     total_steps: int = 0,
     decay_mask: Any = None,
+    norm: Callable[[Any], jax.Array] = optax.global_norm,
 ) -> optax.GradientTransformation:
     """Makes AdamW: p <- p - rate * (m_hat / (sqrt(v_hat) + eps) + weight_decay * p).
 
@@ -78,6 +79,7 @@ def make_optimizer(
         schedule: see `make_schedule`.
         total_steps: see `make_schedule`.
         decay_mask: tree of booleans (or a function of the parameters), True = decays; None = all.
+        norm: of the whole gradient, where a device sees only a share (`common.fsdp`).
 
     Raises:
         UserError: for values out of range.
@@ -95,7 +97,29 @@ def make_optimizer(
     )
     if not grad_clip:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
+    return optax.chain(clip_by_norm(grad_clip, norm), adamw)
+
+
+def clip_by_norm(
+    limit: float, norm: Callable[[Any], jax.Array] = optax.global_norm
+) -> optax.GradientTransformation:
+    """Scales gradients to a global norm of at most `limit`; see `optax.clip_by_global_norm`.
+
+    Args:
+        limit: the largest norm.
+        norm: of the whole gradient.
+    """
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        size = norm(grads)
+
+        def clip(g: jax.Array) -> jax.Array:
+            return jnp.where(size < limit, g, (g / size.astype(g.dtype)) * limit)
+
+        return jax.tree.map(clip, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def ema_update(average: Tree, params: Tree, count: Any, decay: float) -> Tree:

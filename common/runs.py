@@ -1,12 +1,15 @@
 """Which directory a command works in: the one named, the unfinished one, or a new one."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from common import log
+from common.processes import is_main, on_main
 from common.rundir import RunDir, point_latest
 
 
@@ -22,7 +25,27 @@ def find_or_create(config: ConfigDict, root: str, name: str, workdir: str, resum
       name: of the experiment.
       workdir: value of --workdir, or "".
       resume: False always starts a new run where no workdir is named.
+
+    Collective: the main process decides, the others work in the same directory.
     """
+    return RunDir(
+        Path(on_main(lambda: str(_find_or_create(config, root, name, workdir, resume).path)))
+    )
+
+
+@contextlib.contextmanager
+def sole_command(run: RunDir) -> Iterator[None]:
+    """Holds the run directory for the processes of this command; see `RunDir.lock`.
+
+    Raises:
+      UserError: on every process, if another command works in it.
+    """
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(run.lock()))
+        yield
+
+
+def _find_or_create(config: ConfigDict, root: str, name: str, workdir: str, resume: bool) -> RunDir:
     if workdir:
         return RunDir.create(root, name, workdir)
     if resume:
@@ -37,7 +60,7 @@ def find_or_create(config: ConfigDict, root: str, name: str, workdir: str, resum
 
 def discard_empty(run: RunDir) -> None:
     """Remove a directory whose run never started, and point `latest` at the newest one left."""
-    if run.config.exists():
+    if not is_main() or run.config.exists():
         return
     shutil.rmtree(run.path, ignore_errors=True)
     left = _runs(run.path.parent)

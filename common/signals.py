@@ -5,6 +5,7 @@ import threading
 from types import FrameType
 
 from common.errors import Interrupted
+from common.processes import any_process
 
 
 class StopRequest:
@@ -36,11 +37,20 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
 
+    def agreed(self) -> bool:
+        """Whether any process of the command was asked to stop; the same answer on all of them.
+
+        Collective: every process asks at the same step.
+        """
+        return any_process(self.requested)
+
     def check(self, what: str) -> None:
         """Leave with exit status 3 when a stop was requested; call right after a save.
+
+        Collective, like `agreed`.
 
         Raises:
           Interrupted: with a line that says how to go on.
         """
-        if self.requested:
+        if self.agreed():
             raise Interrupted(f"{what} saved; run the same command again to continue")

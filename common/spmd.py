@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.dist import DATA_AXIS
+from common.dist import DATA_AXIS, place
 from common.errors import UserError
 
 ROWS = "rows"  # split over the devices along the leading axis
@@ -22,8 +22,8 @@ MODES = ("jit", "pmap")
 def spmd(
     fn: Callable[..., Any],
     mesh: Mesh,
-    in_specs: tuple[str, ...],
-    out_specs: tuple[str, ...] | str,
+    in_specs: tuple[Any, ...],
+    out_specs: tuple[Any, ...] | str,
     *,
     mode: str = "jit",
     donate: tuple[int, ...] = (),
@@ -33,8 +33,9 @@ def spmd(
     Args:
       fn: takes one positional argument per in_spec; uses `DATA_AXIS` in its collectives.
       mesh: from `common.dist.make_mesh`.
-      in_specs, out_specs: ROWS or WHOLE for each argument and result (pytrees share one spec).
-        WHOLE results must be equal on all devices (the code has reduced them).
+      in_specs, out_specs: ROWS or WHOLE for each argument and result (pytrees share one spec), or
+        a tree of partition specs (mode "jit"; see `common.fsdp`). WHOLE results must be equal on
+        all devices (the code has reduced them).
       mode: "jit" (shard_map under jit) or "pmap".
       donate: arguments whose buffers may be reused.
 
@@ -52,10 +53,18 @@ def spmd(
             fn,
             mesh=mesh,
             in_specs=tuple(_partition(s) for s in in_specs),
-            out_specs=jax.tree.map(_partition, out_specs),
+            out_specs=_partition(out_specs)
+            if isinstance(out_specs, str)
+            else tuple(_partition(s) for s in out_specs),
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=donate)
+        compiled = jax.jit(mapped, donate_argnums=donate)
+        if jax.process_count() == 1:
+            return compiled
+        specs = tuple(_partition(s) for s in in_specs)
+        return lambda *args: compiled(
+            *(_global(mesh, a, s) for a, s in zip(args, specs, strict=True))
+        )
     count = mesh.shape[DATA_AXIS]
     # Only replicated results are returned unsplit; donated buffers are a jit-mode optimisation.
     # pmap wants an argument that is split even where all of ours are whole: the device numbers.
@@ -85,8 +94,24 @@ def _as_tuple(value: Any, out_specs: tuple[str, ...] | str) -> tuple[Any, ...]:
     return (value,) if isinstance(out_specs, str) else tuple(value)
 
 
-def _partition(spec: str) -> PartitionSpec:
+def _partition(spec: Any) -> Any:
+    if not isinstance(spec, str):
+        return spec
     return PartitionSpec(DATA_AXIS) if spec == ROWS else PartitionSpec()
+
+
+def _global(mesh: Mesh, tree: Any, spec: Any) -> Any:
+    """Several processes: what each of them holds whole on its host becomes one global array."""
+    if not isinstance(spec, PartitionSpec):
+        return tree
+    sharding = NamedSharding(mesh, spec)
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf
+        return place(leaf, sharding)
+
+    return jax.tree.map(whole, tree)
 
 
 def _split(tree: Any, count: int) -> Any:

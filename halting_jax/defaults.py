@@ -163,6 +163,7 @@ def get_default_config() -> ConfigDict:
     c.parallel = ConfigDict()
     c.parallel.num_devices = 0  # 0 = all
     c.parallel.mode = "jit"  # jit | pmap
+    c.parallel.fsdp = False  # True: weights and moments are split over the devices
 
     c.logging = ConfigDict()
     c.logging.output_dir = "runs"
@@ -401,6 +402,8 @@ def finalize(config: ConfigDict) -> list[str]:
         raise UserError(
             f"config key trm.halt_exploration={c.trm.halt_exploration} must lie between 0 and 1"
         )
+    if c.parallel.fsdp and c.parallel.mode != "jit":
+        raise UserError("config key parallel.fsdp=True needs parallel.mode=jit")
     for low, high in (
         ("task.train_min_steps", "task.train_max_steps"),
         ("task.eval_min_steps", "task.eval_max_steps"),

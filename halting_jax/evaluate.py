@@ -140,7 +140,7 @@ class Evaluator:
                 # Sums of many examples lose digits in float32: they are added up in float64.
                 sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
-                kept.append(jax.device_get(results))
+                kept.append(dist.gather(results))
                 bar.update(min(self._batch_size, examples.size - start))
         return self._report(examples.name, total, kept)
 

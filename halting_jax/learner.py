@@ -13,9 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from common.dist import DATA_AXIS
 from common.errors import UserError
+from common.fsdp import Layout
+from common.optim import clip_by_norm
 from common.spmd import ROWS, WHOLE, spmd, sum_over_devices
 from halting_jax.objective import Objective, Scored
 from halting_jax.ponder_sums import PonderSums, ponder_sums
@@ -23,6 +26,7 @@ from halting_jax.types import Batch, Model, Params, Ratio, Task
 
 # (key of the step, row numbers [b], what the host sent for them [b, ...]) -> Batch
 Draw = Callable[[jax.Array, jax.Array, Any], Batch]
+WHOLE_LAYOUT = Layout()
 
 
 @flax.struct.dataclass
@@ -96,11 +100,13 @@ def named_leaves(tree: Any) -> Any:
     )
 
 
-def make_optimizer(settings: OptimSettings) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: OptimSettings, layout: Layout = WHOLE_LAYOUT
+) -> optax.GradientTransformation:
     """Clipping, Adam moments, decoupled decay; the rate is applied by the step itself."""
     parts: list[optax.GradientTransformation] = []
     if settings.clip_norm:
-        parts.append(optax.clip_by_global_norm(settings.clip_norm))
+        parts.append(clip_by_norm(settings.clip_norm, layout.norm))
     parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
     if settings.weight_decay:
         mask = _decayed if settings.decay_mask else None
@@ -131,6 +137,21 @@ def init_state(
     )
 
 
+def state_specs(state: TrainState, layout: Layout) -> Any:
+    """Partition specs of a state: weights, average and moments by the layout, rows by the batch.
+
+    Args:
+      state: arrays or their shapes.
+    """
+    return dataclasses.replace(
+        jax.tree.map(lambda _: PartitionSpec(), state),
+        params=layout.specs(state.params),
+        ema=layout.specs(state.ema),
+        opt_state=layout.specs(state.opt_state),
+        carry=jax.tree.map(lambda _: PartitionSpec(DATA_AXIS), state.carry),
+    )
+
+
 def global_loss(scored: Scored) -> tuple[jax.Array, dict[str, Ratio]]:
     """This shard's part of the loss, and every term as a mean over all shards."""
     value, means = jnp.zeros(()), {}
@@ -141,11 +162,47 @@ def global_loss(scored: Scored) -> tuple[jax.Array, dict[str, Ratio]]:
     return value, means
 
 
+def count_non_finite(
+    grads: Params, norm: jax.Array, layout: Layout = WHOLE_LAYOUT
+) -> tuple[jax.Array, jax.Array]:
+    """How many entries of a gradient are NaN and how many infinite, int32 [] each.
+
+    A finite norm has none, so the gradient is read a second time only where something is wrong.
+
+    Args:
+      grads: any tree of arrays.
+      norm: [] their global norm.
+      layout: where they lie.
+    """
+
+    def count(leaves: Params) -> tuple[Params, Params]:
+        nan, inf = (
+            jax.tree.map(lambda g, is_bad=is_bad: jnp.sum(is_bad(g), dtype=jnp.int32), leaves)
+            for is_bad in (jnp.isnan, jnp.isinf)
+        )
+        return nan, inf
+
+    def nothing(leaves: Params) -> tuple[Params, Params]:
+        zeros = jax.tree.map(lambda _: jnp.int32(0), leaves)
+        return zeros, zeros
+
+    nan, inf = jax.lax.cond(jnp.isfinite(norm), nothing, count, grads)
+    return layout.total(nan), layout.total(inf)
+
+
 def make_step(
-    task: Task, model: Model, objective: Objective, settings: OptimSettings
+    task: Task,
+    model: Model,
+    objective: Objective,
+    settings: OptimSettings,
+    layout: Layout = WHOLE_LAYOUT,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """One optimiser step of one shard: (state, its rows) -> (state, this step's sums)."""
-    optimizer = make_optimizer(settings)
+    """One optimiser step of one shard: (state, its rows) -> (state, this step's sums).
+
+    Args:
+      layout: where weights, average and moments lie.
+    """
+    optimizer = make_optimizer(settings, layout)
     halting = re.compile(model.halting_path) if model.halting_path else None
     if settings.freeze_steps and halting is None:
         raise UserError("config key act.halt_warmup_steps: this model has no halting unit")
@@ -159,10 +216,10 @@ def make_step(
             value, means = global_loss(scored)
             return value, (scored, means)
 
-        grads, (scored, means) = jax.grad(loss, has_aux=True)(state.params)
-        grads = sum_over_devices(grads)
-        norm = optax.global_norm(grads)
-        leaves = jax.tree.leaves(grads)
+        grads, (scored, means) = jax.grad(loss, has_aux=True)(layout.whole(state.params))
+        grads = layout.reduce(grads)
+        norm = layout.norm(grads)
+        nan_count, inf_count = count_non_finite(grads, norm, layout)
         if settings.freeze_steps:
             frozen = state.step < settings.freeze_steps
             assert halting is not None
@@ -187,8 +244,8 @@ def make_step(
             ponder=ponder_sums(scored.outputs.ponder, model.max_steps),
             steps=jnp.int32(1),
             grad_norm=norm,
-            nan_count=sum((jnp.sum(jnp.isnan(g)) for g in leaves), jnp.int32(0)),
-            inf_count=sum((jnp.sum(jnp.isinf(g)) for g in leaves), jnp.int32(0)),
+            nan_count=nan_count,
+            inf_count=inf_count,
         )
         new = TrainState(state.step + 1, state.key, params, ema, opt_state, scored.carry)
         return new, sums
@@ -201,6 +258,8 @@ def compile_steps(
     draw: Draw,
     mesh: Mesh,
     mode: str = "jit",
+    layout: Layout = WHOLE_LAYOUT,
+    shapes: TrainState | None = None,
 ) -> Callable[[TrainState, jax.Array, Any, int], tuple[TrainState, Sums]]:
     """Compiles run(state, row_ids [B], sent [B, k, ...], count) -> (state, sums).
 
@@ -210,7 +269,12 @@ def compile_steps(
       step: of `make_step`.
       draw: makes a batch inside the program; sent[:, i] goes to step i.
       mesh, mode: see `common.spmd`.
+      layout: where weights, average and moments lie; shapes: of the state, needed where the layout
+        cuts arrays.
     """
+    fixed_spec: Any = WHOLE
+    if shapes is not None and layout.num_devices > 1:
+        fixed_spec = state_specs(dataclasses.replace(shapes, carry=()), layout)
 
     def run(
         fixed: TrainState, carry: Any, row_ids: jax.Array, sent: Any, count: jax.Array
@@ -240,8 +304,8 @@ def compile_steps(
     compiled = spmd(
         run,
         mesh,
-        (WHOLE, ROWS, ROWS, ROWS, WHOLE),
-        (WHOLE, ROWS, WHOLE),
+        (fixed_spec, ROWS, ROWS, ROWS, WHOLE),
+        (fixed_spec, ROWS, WHOLE),
         mode=mode,
         donate=(0, 1),
     )

@@ -147,6 +147,8 @@ def evaluate_run(
         },
         "by_difficulty": {name: difficulty_rows(r) for name, r in results.items()},
     }
+    if not dist.is_main():
+        return results
     path = Path(output) if output else trained.path / f"eval_step{trained.step}.json"
     atomic_write_json(path, report)
     print(format_table(results))

@@ -13,7 +13,8 @@ from ml_collections import config_flags
 
 from common import dist, flags, log
 from common.errors import UserError
-from common.runs import discard_empty, find_or_create
+from common.processes import is_main, on_main
+from common.runs import discard_empty, find_or_create, sole_command
 
 MODES = ("train", "eval", "export")
 
@@ -29,12 +30,12 @@ def main(argv: list[str]) -> int:
     if given.mode != "train":
         if not given.checkpoint:
             raise UserError(f"--mode={given.mode} needs --checkpoint=RUN, a run directory")
-        dist.initialize()
         if given.mode == "eval":
+            dist.initialize()
             from halting_jax.loader import evaluate_run
 
             evaluate_run(given.checkpoint, overrides, given.output)
-        else:
+        elif is_main():  # work on files, for one process
             from halting_jax.loader import export_run
 
             print(export_run(given.checkpoint, given.output))
@@ -52,13 +53,17 @@ def main(argv: list[str]) -> int:
     where = config.logging
     resume = config.train.resume != "none"
     run = find_or_create(config, where.output_dir, where.exp_name, given.workdir, resume)
-    with run.lock():
+
+    def dump() -> None:
+        flags.dump_config(config, run.config, given)
+
+    with sole_command(run):
         log.info("run directory %s", run.path)
         try:
             from halting_jax.train import train
 
             # Written once the run is sure to start: a refused command leaves a run as it was.
-            train(config, run, lambda: flags.dump_config(config, run.config, given))
+            train(config, run, lambda: on_main(dump))
         except UserError:
             if not given.workdir:
                 discard_empty(run)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from common import log
 from common.data import IndexShuffler
 from common.errors import UserError
+from common.processes import on_main
 from halting_jax.defaults import FILE_TASKS
 from halting_jax.types import Batch, Task
 
@@ -184,7 +185,8 @@ def data_directory(config: ConfigDict, workdir: Path) -> Path:
         test_size=config.data.test_size,
         seed=config.data.seed,
     )
-    directory = ensure_generated(workdir.parent / "generated_mazes", recipe)
+    place = workdir.parent / "generated_mazes"
+    directory = Path(on_main(lambda: str(ensure_generated(place, recipe))))
     log.info("no official maze files given (data.dir): using generated ones in %s", directory)
     return directory
 

@@ -1,6 +1,5 @@
 """--mode=train: draw, step, log, validate, save; one function read from top to bottom."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -10,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from common import dist, flags, log
 from common.checkpoint import Checkpointer
 from common.errors import Interrupted, UserError
+from common.fsdp import Layout
 from common.metrics import MetricWriter, StepTimer, peak_memory
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
@@ -29,6 +30,7 @@ from halting_jax.learner import (
     compile_steps,
     init_state,
     make_step,
+    state_specs,
 )
 from halting_jax.ponder_sums import ponder_report
 from halting_jax.schedules import learning_rate, time_penalty
@@ -151,11 +153,13 @@ def train(
     per_epoch = source.steps_per_epoch
     steps = config.train.max_steps or config.train.max_epochs * per_epoch
     settings = optim_settings(config, steps, per_epoch)
-    step_fn = make_step(built.task, built.model, built.objective, settings)
-    run_steps = compile_steps(step_fn, source.draw, mesh, config.parallel.mode)
+    state, layout = fresh_state(config, built, source, settings, mesh)
+    step_fn = make_step(built.task, built.model, built.objective, settings, layout)
+    run_steps = compile_steps(
+        step_fn, source.draw, mesh, config.parallel.mode, layout, jax.eval_shape(lambda: state)
+    )
     row_ids = dist.shard_batch(mesh, jnp.arange(batch_size, dtype=jnp.int32))
     evaluator = make_evaluator(config, built, mesh)
-    state = place(mesh, fresh_state(config, built, source, settings))
     save_every = config.train.save_every_steps or config.train.save_every_epochs * per_epoch
     task, model = config.task.name, config.model.type
     facts = source.facts | {
@@ -189,12 +193,14 @@ def train(
             step, spent = host["step"], host["seconds"]
             log.info("resuming at step %d", step)
         on_start()
-        atomic_write_json(run.path / "model.json", facts)
+        if dist.is_main():
+            atomic_write_json(run.path / "model.json", facts)
         writer.truncate_after(step)
 
         def interrupted() -> bool:
             limit = config.train.max_walltime_s
-            return stop.requested or bool(limit and time.monotonic() - begun > limit)
+            late = bool(limit and time.monotonic() - begun > limit)
+            return dist.any_process(stop.requested or late)
 
         def leave(saved: str) -> None:
             stop.check(saved)
@@ -229,8 +235,8 @@ def train(
                 stops = [config.train.log_every, config.eval.every, save_every]
                 end = min([steps, *(next_multiple(step, every) for every in stops if every)])
                 count = end - step
-                sent = dist.shard_batch(mesh, source.send(step, count, batch_size))
-                sent = padded(sent, config.train.log_every)
+                sent = padded(source.send(step, count, batch_size), config.train.log_every)
+                sent = dist.shard_batch(mesh, sent)
                 with timer.part("train"):
                     state, sums = run_steps(state, row_ids, sent, count)
                     sums = jax.device_get(sums)
@@ -268,14 +274,15 @@ def train(
             row, result = evaluate_now(name, f"test {name}", f"step {step}")
             table[name], results[name] = row, result
     write_report(config, run, step, table, results, spent + time.monotonic() - begun)
-    run.finish()
+    if dist.is_main():
+        run.finish()
     return table
 
 
 def fresh_state(
-    config: ConfigDict, built: Built, source: Source, settings: OptimSettings
-) -> TrainState:
-    """The state before any step; carried rows start from the first batch."""
+    config: ConfigDict, built: Built, source: Source, settings: OptimSettings, mesh: Mesh
+) -> tuple[TrainState, Layout]:
+    """The state before any step, made where it lies; carried rows start from the first batch."""
 
     def carry() -> Any:
         if built.init_carry is None:
@@ -284,14 +291,26 @@ def fresh_state(
         sent = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), source.send(0, 1, len(rows)))
         return built.init_carry(source.draw(jax.random.key(config.seed), rows, sent))
 
-    return jax.jit(lambda: init_state(built.model, settings, config.seed, carry))()
+    def make() -> TrainState:
+        return init_state(built.model, settings, config.seed, carry)
+
+    shapes = jax.eval_shape(make)
+    layout = Layout.of(shapes.params, mesh, config.parallel.fsdp)
+    return jax.jit(make, out_shardings=state_shardings(mesh, shapes, layout))(), layout
 
 
-def place(mesh: Any, state: TrainState) -> TrainState:
+def state_shardings(mesh: Mesh, state: TrainState, layout: Layout) -> TrainState:
+    """Where every array of a state (or its shapes) lies."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        state_specs(state, layout),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def place(mesh: Mesh, state: TrainState) -> TrainState:
     """Weights on every device, carried rows split over them."""
-    fixed = dist.replicate(mesh, dataclasses.replace(state, carry=()))
-    carry = dist.shard_batch(mesh, state.carry) if state.carry != () else ()
-    return dataclasses.replace(fixed, carry=carry)
+    return dist.place(state, state_shardings(mesh, state, Layout()))
 
 
 def both_weights(state: TrainState) -> list[tuple[Any, str]]:
@@ -302,7 +321,7 @@ def both_weights(state: TrainState) -> list[tuple[Any, str]]:
 
 def padded(sent: Any, count: int) -> Any:
     """Arrays [B, k] widened to a fixed number of steps, so that one program serves all k."""
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, max(count - x.shape[1], 0)))), sent)
+    return jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, max(count - x.shape[1], 0)))), sent)
 
 
 def next_multiple(step: int, every: int) -> int:
@@ -395,7 +414,9 @@ def write_report(
     results: dict[str, SetResult],
     seconds: float,
 ) -> None:
-    """Writes eval.json and prints the final table."""
+    """Writes eval.json and prints the final table; the main process does."""
+    if not dist.is_main():
+        return
     report: dict[str, Any] = {"step": step, "seconds": seconds, "sets": table}
     if config.eval.by_difficulty:
         report["by_difficulty"] = {name: difficulty_rows(r) for name, r in results.items()}
