@@ -116,16 +116,19 @@ class Slots:
 
 
 def empty_slots(slots: int, max_new_tokens: int) -> Slots:
-    """S free slots."""
-    no, zero = jnp.zeros((slots,), bool), jnp.zeros((slots,), jnp.int32)
+    """S free slots; no two arrays share a buffer, so that the state can be donated."""
+
+    def none(dtype: Any) -> jax.Array:
+        return jnp.zeros((slots,), dtype)
+
     return Slots(
-        keys=jax.vmap(jax.random.key)(jnp.zeros((slots,), jnp.uint32)),
-        token_theta=zero,
-        token_t=zero,
-        count=zero,
-        active=no,
-        stopped=no,
-        failed=no,
+        keys=jax.vmap(jax.random.key)(none(jnp.uint32)),
+        token_theta=none(jnp.int32),
+        token_t=none(jnp.int32),
+        count=none(jnp.int32),
+        active=none(bool),
+        stopped=none(bool),
+        failed=none(bool),
         columns=jnp.zeros((slots, max_new_tokens), jnp.int32),
         values=jnp.zeros((slots, max_new_tokens, len(FIELDS)), jnp.float32),
     )
