@@ -25,6 +25,7 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "state.model.", "model.")
 """Prefixes that training wrappers put in front of every name; stripped by default."""
 
 _EMA_MARKER = "ema_model.named_parameters_dict."
+_SHADOW_PREFIX = "ema.shadow_params."
 _CONTAINERS = ("state_dict.", "state.model.")
 _PREFERRED_FILES = (
     "model.safetensors",
@@ -294,15 +295,41 @@ def read_tensors(path: str | os.PathLike[str], strip: Sequence[str] = WRAPPER_PR
     Raises:
         UserError: The file is unreadable, truncated or not a checkpoint, or two names become one.
     """
+    return read_checkpoint(path, strip).tensors
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: The model's own weights by name.
+        averages: An exponential moving average stored without names, in the order of the model's
+            parameters (`ema.shadow_params` of Lightning and score-based training loops), or None.
+    """
+
+    tensors: Tensors
+    averages: list[np.ndarray] | None
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], strip: Sequence[str] = WRAPPER_PREFIXES
+) -> Checkpoint:
+    """`read_tensors`, and the unnamed averages that a training checkpoint may hold beside them."""
     source = find_weights(path)
-    raw = _read_sharded(source) if source.name.endswith(".index.json") else _read_file(source)
+    averages = None
+    if source.name.endswith(".index.json"):
+        raw = _read_sharded(source)
+    elif source.suffix == ".safetensors":
+        raw = _read_safetensors(source)
+    else:
+        raw, averages = _read_pickle(source)
     tensors: Tensors = {}
     for name, value in raw.items():
         short = strip_prefixes(name, strip)
         if short in tensors:
             raise UserError(f"tensor '{short}' occurs twice in '{source}' under different prefixes")
         tensors[short] = value
-    return tensors
+    return Checkpoint(tensors, averages)
 
 
 def strip_prefixes(name: str, prefixes: Sequence[str]) -> str:
@@ -338,7 +365,7 @@ def _read_sharded(index_file: Path) -> Tensors:
 
 def _read_file(path: Path) -> Tensors:
     """Reads one weight file."""
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)[0]
 
 
 def _read_safetensors(path: Path) -> Tensors:
@@ -351,7 +378,8 @@ def _read_safetensors(path: Path) -> Tensors:
         raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
 
 
-def _read_pickle(path: Path) -> Tensors:
+def _read_pickle(path: Path) -> tuple[Tensors, list[np.ndarray] | None]:
+    """Named weights and unnamed averages of a pickle."""
     try:
         import torch
     except ImportError as error:
@@ -360,10 +388,18 @@ def _read_pickle(path: Path) -> Tensors:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for damaged or unsafe files
         raise UserError(f"cannot read '{path}': {_first_line(error)}") from error
-    found = _select_weights(_collect(loaded, torch.Tensor))
+    everything = _collect(loaded, torch.Tensor)
+    averaged = {
+        int(index): value
+        for name, value in everything.items()
+        if (index := name.removeprefix(_SHADOW_PREFIX)) != name and index.isdigit()
+    }
+    found = _select_weights(everything)
     if not found:
         raise UserError(f"'{path}' holds no tensors")
-    return {name: _from_torch(value, torch) for name, value in found.items()}
+    tensors = {name: _from_torch(value, torch) for name, value in found.items()}
+    averages = [_from_torch(averaged[i], torch) for i in sorted(averaged)]
+    return tensors, averages or None
 
 
 def _collect(node: Any, kind: type, prefix: str = "") -> dict[str, Any]:

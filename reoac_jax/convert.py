@@ -1,10 +1,13 @@
 """Converts backbones between the hub layout and Orbax.
 
     python -m reoac_jax.convert SOURCE TARGET [--dtype bfloat16] [--base-config FILE] [--to hf]
+    python -m reoac_jax.convert last.ckpt TARGET --family mdlm --set length=1024
 
-A hub directory (config.json and PyTorch or safetensors weights) becomes an Orbax checkpoint with
-backbone.json, and the other way round. Sizes are read from the tensors; the source of every value
-is printed. Nothing is overwritten without --force, and the target appears only when complete.
+A hub directory of E2D2, MDLM or SEDD (config.json and PyTorch or safetensors weights) or a training
+checkpoint of MDLM (.ckpt) or SEDD (.pth) becomes an Orbax checkpoint with backbone.json, and the
+other way round. Moving averages are preferred to the raw weights. Sizes are read from the tensors;
+the source of every value is printed. Nothing is overwritten without --force, and the target appears
+only when complete.
 """
 
 import argparse
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 from common.errors import UserError
 from common.flags import EXIT_USER_ERROR, one_line
 
-FAMILIES = ("e2d2",)
+FAMILIES = ("e2d2", "mdlm", "sedd")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", default="float32", help="stored: float32 | bfloat16 | float16")
     parser.add_argument("--base-config", help="config.json of the base model (Qwen3)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="MDLM, SEDD: a value that neither config.json nor a tensor shows (length, num_heads)",
+    )
     parser.add_argument("--to", choices=("orbax", "hf"), help="default: the other layout")
     parser.add_argument("--force", action="store_true", help="replace a backbone at the target")
     options = parser.parse_args(arguments)
@@ -44,10 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def convert(options: argparse.Namespace) -> None:
     """Loads the source, writes the target and prints what was derived from where."""
-    from reoac_jax.backbone import store
+    from reoac_jax.backbone import dit_config, store
 
     store.stored_dtype(options.dtype)  # before minutes of reading
-    backbone = store.load_backbone(options.source, options.base_config)
+    overrides = dit_config.parse_overrides(options.set)
+    family = None if options.family == "auto" else options.family
+    backbone = store.load_backbone(options.source, options.base_config, family, overrides)
     converted = (backbone.directory / store.DESCRIPTION).is_file()
     layout = options.to or ("hf" if converted else "orbax")
     write = store.save_hub if layout == "hf" else store.save_converted
@@ -55,7 +67,7 @@ def convert(options: argparse.Namespace) -> None:
         options.target, lambda path: write(path, backbone, options.dtype), options.force
     )
     for field, source in backbone.provenance.items():
-        print(f"{field:20} {getattr(backbone.config, field)!s:16} {source}")
+        print(f"{field:20} {getattr(backbone.config, field, '')!s:16} {source}")
     print(f"{layout} backbone written to {options.target}")
 
 

@@ -39,6 +39,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def layer_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """y = scale * (x - mean) / sqrt(var + eps), statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps) * scale.astype(jnp.float32)).astype(x.dtype)
+
+
 def rope_angles(
     positions: jax.Array, head_dim: int, theta: float, divisors: Sequence[float] | None = None
 ) -> Rope:

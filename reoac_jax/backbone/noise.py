@@ -17,25 +17,49 @@ TIME_EPS = 1e-3
 
 
 class Schedule(NamedTuple):
-    """One masking schedule; all three functions are elementwise on float32 arrays.
+    """One masking schedule; all functions are elementwise on float32 arrays.
 
     Attributes:
         alpha: t -> probability of a clean token.
         alpha_prime: t -> d alpha / d t.
         inverse: alpha -> t.
+        sigma: t -> total noise, -log alpha(t).
+        sigma_prime: t -> d sigma / d t.
     """
 
     alpha: Callable[[jax.Array], jax.Array]
     alpha_prime: Callable[[jax.Array], jax.Array]
     inverse: Callable[[jax.Array], jax.Array]
+    sigma: Callable[[jax.Array], jax.Array]
+    sigma_prime: Callable[[jax.Array], jax.Array]
 
-    def sigma(self, t: jax.Array) -> jax.Array:
-        """Total noise sigma(t) = -log alpha(t)."""
-        return -jnp.log(self.alpha(t))
+
+_Function = Callable[[jax.Array], jax.Array]
+
+
+def _from_alpha(alpha: _Function, alpha_prime: _Function, inverse: _Function) -> Schedule:
+    return Schedule(
+        alpha,
+        alpha_prime,
+        inverse,
+        sigma=lambda t: -jnp.log(alpha(t)),
+        sigma_prime=lambda t: -alpha_prime(t) / alpha(t),
+    )
+
+
+def _from_sigma(sigma: _Function, sigma_prime: _Function, inverse: _Function) -> Schedule:
+    """A schedule from its total noise; `inverse` takes sigma."""
+    return Schedule(
+        alpha=lambda t: jnp.exp(-sigma(t)),
+        alpha_prime=lambda t: -sigma_prime(t) * jnp.exp(-sigma(t)),
+        inverse=lambda a: inverse(-jnp.log(a)),
+        sigma=sigma,
+        sigma_prime=sigma_prime,
+    )
 
 
 def _linear() -> Schedule:
-    return Schedule(
+    return _from_alpha(
         alpha=lambda t: 1.0 - t,
         alpha_prime=lambda t: -jnp.ones_like(t),
         inverse=lambda a: 1.0 - a,
@@ -44,7 +68,7 @@ def _linear() -> Schedule:
 
 def _cosine(eps: float) -> Schedule:
     half_pi = math.pi / 2
-    return Schedule(
+    return _from_alpha(
         alpha=lambda t: (1.0 - eps) * jnp.cos(half_pi * t),
         alpha_prime=lambda t: -(1.0 - eps) * half_pi * jnp.sin(half_pi * t),
         inverse=lambda a: jnp.arccos(a / (1.0 - eps)) / half_pi,
@@ -52,7 +76,7 @@ def _cosine(eps: float) -> Schedule:
 
 
 def _logarithmic() -> Schedule:
-    return Schedule(
+    return _from_alpha(
         alpha=lambda t: 1.0 - jnp.log2(1.0 + t),
         alpha_prime=lambda t: -1.0 / ((1.0 + t) * math.log(2.0)),
         inverse=lambda a: jnp.exp2(1.0 - a) - 1.0,
@@ -61,7 +85,7 @@ def _logarithmic() -> Schedule:
 
 def _exponential(exponent: float, eps: float) -> Schedule:
     # The derivative ignores the floor of eps on purpose: it is the weight of the likelihood bound.
-    return Schedule(
+    return _from_alpha(
         alpha=lambda t: 1.0 - jnp.maximum(t**exponent, eps),
         alpha_prime=lambda t: -exponent * t ** (exponent - 1.0),
         inverse=lambda a: (1.0 - a) ** (1.0 / exponent),
@@ -73,19 +97,79 @@ def _loglinear(eps: float) -> Schedule:
         alpha=lambda t: 1.0 - (1.0 - eps) * t,
         alpha_prime=lambda t: -(1.0 - eps) * jnp.ones_like(t),
         inverse=lambda a: (1.0 - a) / (1.0 - eps),
+        sigma=lambda t: -jnp.log1p(-(1.0 - eps) * t),
+        sigma_prime=lambda t: (1.0 - eps) / (1.0 - (1.0 - eps) * t),
     )
 
 
-SCHEDULES = ("linear", "cosine", "logarithmic", "exponential", "loglinear")
+def _cosine_power(power: int, eps: float) -> Schedule:
+    """alpha = eps + (1 - eps) cos(pi t / 2)^power, the cosine schedules of MDLM."""
+    half_pi = math.pi / 2
+
+    def slope(t: jax.Array) -> jax.Array:
+        cos, sin = jnp.cos(half_pi * t), jnp.sin(half_pi * t)
+        return -(1.0 - eps) * power * cos ** (power - 1) * sin * half_pi
+
+    return _from_alpha(
+        alpha=lambda t: eps + (1.0 - eps) * jnp.cos(half_pi * t) ** power,
+        alpha_prime=slope,
+        inverse=lambda a: (
+            jnp.arccos(jnp.maximum((a - eps) / (1.0 - eps), 0.0) ** (1.0 / power)) / half_pi
+        ),
+    )
 
 
-def make_schedule(name: str, eps: float = 1e-3, exponent: float = 2.0) -> Schedule:
+def _linear_sigma(low: float, high: float) -> Schedule:
+    return _from_sigma(
+        sigma=lambda t: low + t * (high - low),
+        sigma_prime=lambda t: jnp.full_like(t, high - low),
+        inverse=lambda s: (s - low) / (high - low),
+    )
+
+
+def _geometric(low: float, high: float) -> Schedule:
+    ratio = math.log(high / low)
+
+    def sigma(t: jax.Array) -> jax.Array:
+        return low ** (1.0 - t) * high**t
+
+    return _from_sigma(
+        sigma=sigma,
+        sigma_prime=lambda t: sigma(t) * ratio,
+        inverse=lambda s: jnp.log(s / low) / ratio,
+    )
+
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "logarithmic",
+    "exponential",
+    "loglinear",
+    "cosine_floor",
+    "cosine_squared",
+    "linear_sigma",
+    "geometric",
+)
+
+
+def make_schedule(
+    name: str,
+    eps: float = 1e-3,
+    exponent: float = 2.0,
+    *,
+    sigma_min: float = 1e-4,
+    sigma_max: float = 20.0,
+) -> Schedule:
     """The schedule of a name.
 
     Args:
-        name: One of `SCHEDULES`.
-        eps: Offset of cosine, exponential and loglinear.
+        name: One of `SCHEDULES`. "cosine" is E2D2's; "cosine_floor" and "cosine_squared" are
+            MDLM's "cosine" and "cosinesqr", which end at alpha = eps.
+        eps: Offset of the cosines, exponential and loglinear.
         exponent: Power of exponential.
+        sigma_min: Total noise at t = 0 of linear_sigma and geometric.
+        sigma_max: Total noise at t = 1 of linear_sigma and geometric.
 
     Raises:
         UserError: The name is unknown.
@@ -96,6 +180,10 @@ def make_schedule(name: str, eps: float = 1e-3, exponent: float = 2.0) -> Schedu
         "logarithmic": _logarithmic,
         "exponential": lambda: _exponential(exponent, eps),
         "loglinear": lambda: _loglinear(eps),
+        "cosine_floor": lambda: _cosine_power(1, eps),
+        "cosine_squared": lambda: _cosine_power(2, eps),
+        "linear_sigma": lambda: _linear_sigma(sigma_min, sigma_max),
+        "geometric": lambda: _geometric(sigma_min, sigma_max),
     }
     if name not in makers:
         raise UserError(f"unknown noise schedule '{name}': choose one of {', '.join(SCHEDULES)}")
@@ -133,6 +221,22 @@ def spread_times(
     count = (total_rows or uniform.shape[0]) * per_row
     index = jnp.arange(uniform.size).reshape(uniform.shape) + row_offset * per_row
     return floor_times(jnp.mod((uniform + index) / count, 1.0), eps)
+
+
+def importance_times(uniform: jax.Array, schedule: Schedule, low: float, high: float) -> jax.Array:
+    """Noise times at which log(1 - e^-sigma) is uniform: lowers the variance of MDLM's bound.
+
+    There the bound's weight sigma' / (e^sigma - 1) is constant (Sahoo et al., 2024).
+
+    Args:
+        uniform: Draws in [0, 1].
+        schedule: The noise schedule.
+        low: sigma at draw 0, greater than 0.
+        high: sigma at draw 1.
+    """
+    first, last = math.log(-math.expm1(-low)), math.log(-math.expm1(-high))
+    sigma = -jnp.log1p(-jnp.exp(uniform * last + (1.0 - uniform) * first))
+    return schedule.inverse(jnp.exp(-sigma))
 
 
 def sample_times(

@@ -15,7 +15,9 @@ from common import torch_bridge
 from common.errors import UserError
 from common.lm.layers import Params
 from common.rundir import atomic_write_json
-from reoac_jax.backbone.e2d2 import E2D2Config, parameter_shapes
+from reoac_jax.backbone import dit, dit_bridge, dit_config, e2d2
+from reoac_jax.backbone.dit import DiTConfig
+from reoac_jax.backbone.e2d2 import E2D2Config
 from reoac_jax.backbone.e2d2_bridge import load_hf_directory, save_hf_directory, stored_dtype
 from reoac_jax.backbone.e2d2_config import Json, read_json
 
@@ -30,6 +32,12 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+FAMILIES = ("e2d2", *dit_config.FAMILIES)
+# Named by configs of the original, but never published under this name.
+_UNPUBLISHED = {
+    "kuleshov-group/sedd-owt": "a local directory with the SEDD baseline of the MDLM authors, or "
+    "louaaron/sedd-small"
+}
 _PARAMS = "params"
 _FORMAT = 1
 _CONFIG_KEY = "backbone.model_name_or_path"
@@ -46,11 +54,18 @@ class StoredBackbone(NamedTuple):
         source: Hub files it came from: `config`, `base_config` (JSON objects), `sha256`, `name`.
     """
 
-    config: E2D2Config
+    config: E2D2Config | DiTConfig
     params: Params
     provenance: dict[str, str]
     directory: Path
     source: Json
+
+    @property
+    def family(self) -> str:
+        """One of `FAMILIES`."""
+        if isinstance(self.config, E2D2Config):
+            return "e2d2"
+        return "sedd" if self.config.parameterization == "sedd" else "mdlm"
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -59,13 +74,21 @@ class StoredBackbone(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------- loading
-def load_backbone(name: str | Path, base_config: str | Path | None = None) -> StoredBackbone:
+def load_backbone(
+    name: str | Path,
+    base_config: str | Path | None = None,
+    family: str | None = None,
+    overrides: Json | None = None,
+) -> StoredBackbone:
     """Loads a backbone.
 
     Args:
         name: "embedded" (ships with this package), a directory in hub layout, a converted
             directory, a weight file beside its `config.json`, or a hub name.
-        base_config: Config of the base model, when the directory does not have it.
+        base_config: Config of the base model, when the directory does not have it (E2D2).
+        family: What it must be, one of `FAMILIES`; None = what its files say. A training
+            checkpoint of MDLM or SEDD without `config.json` needs it.
+        overrides: MDLM and SEDD: values that no file states, see `dit_config.parse_overrides`.
 
     Returns:
         The backbone.
@@ -86,8 +109,25 @@ def load_backbone(name: str | Path, base_config: str | Path | None = None) -> St
             )
         path = _download(text)
     if weights is None and (path / DESCRIPTION).is_file():
-        return _load_converted(path)
-    model = load_hf_directory(path, base_config, weights)
+        stored = _load_converted(path)
+        if family not in (None, stored.family):
+            raise UserError(
+                f"'{path}' holds a backbone of the family {stored.family}, not {family}"
+            )
+        return stored
+    stated = family
+    if (path / "config.json").is_file():
+        content = read_json(path / "config.json")
+        stated = "e2d2" if content.get("model_type") == "e2d2" else dit_config.family_of(content)
+        if stated is not None and family not in (None, stated):
+            raise UserError(f"'{path / 'config.json'}' describes {stated}, not {family}")
+    model: Any
+    if stated in dit_config.FAMILIES:
+        model = dit_bridge.load_directory(path, weights, family, overrides)
+    else:
+        if overrides:
+            raise UserError(f"values given by hand ({', '.join(overrides)}) are for MDLM and SEDD")
+        model = load_hf_directory(path, base_config, weights)
     files = {"config": "config.json", "base_config": "base_config.json"}
     source: Json = {key: read_json(p) for key, f in files.items() if (p := path / f).is_file()}
     if base_config is not None:
@@ -103,6 +143,10 @@ def _download(name: str) -> Path:
         f"set {_CONFIG_KEY} to a local directory with its config.json and weights, "
         f"or use the variant with the embedded backbone, configs/gsm8k.py"
     )
+    if name in _UNPUBLISHED:
+        raise UserError(
+            f"backbone '{name}' was never published: set {_CONFIG_KEY} to {_UNPUBLISHED[name]}"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -128,19 +172,26 @@ def _load_converted(path: Path) -> StoredBackbone:
     import orbax.checkpoint as ocp
 
     text = read_json(path / DESCRIPTION)
-    if text.get("format") != _FORMAT or text.get("family") != "e2d2":
+    family = text.get("family")
+    if text.get("format") != _FORMAT or family not in FAMILIES:
         raise UserError(
-            f"'{path / DESCRIPTION}' has format {text.get('format')!r}, family "
-            f"{text.get('family')!r}; this version reads format {_FORMAT}, family 'e2d2'"
+            f"'{path / DESCRIPTION}' has format {text.get('format')!r}, family {family!r}; this "
+            f"version reads format {_FORMAT}, families {', '.join(FAMILIES)}"
         )
+    cfg: E2D2Config | DiTConfig
     try:
         fields = dict(text["config"])
-        cfg = E2D2Config(**{**fields, "kv_layers": tuple(fields["kv_layers"])})
+        if family == "e2d2":
+            cfg = E2D2Config(**{**fields, "kv_layers": tuple(fields["kv_layers"])})
+            tree = e2d2.parameter_shapes(cfg)
+        else:
+            cfg = DiTConfig(**fields)
+            tree = dit.parameter_shapes(cfg)
         dtype = stored_dtype(text["stored_dtype"])
     except (KeyError, TypeError) as error:
         raise UserError(f"'{path / DESCRIPTION}' is incomplete: {error}") from error
     device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    shapes = torch_bridge.flatten(parameter_shapes(cfg))
+    shapes = torch_bridge.flatten(tree)
     target = {p: jax.ShapeDtypeStruct(s, dtype, sharding=device) for p, s in shapes.items()}
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -176,7 +227,7 @@ def save_converted(directory: str | Path, backbone: StoredBackbone, dtype: str =
         shutil.copyfile(file, directory / file.name)
     description = {
         "format": _FORMAT,
-        "family": "e2d2",
+        "family": backbone.family,
         "stored_dtype": dtype,
         "config": dataclasses.asdict(backbone.config),
         "provenance": backbone.provenance,
@@ -186,13 +237,23 @@ def save_converted(directory: str | Path, backbone: StoredBackbone, dtype: str =
 
 
 def save_hub(directory: str | Path, backbone: StoredBackbone, dtype: str = "float32") -> None:
-    """Writes a hub directory (config.json, base_config.json, model.safetensors, tokenizer).
+    """Writes a hub directory (config.json, base_config.json of E2D2, weights, tokenizer).
 
     Args:
         directory: Target; made when missing.
         backbone: What to write.
         dtype: Stored dtype: float32, bfloat16 or float16.
     """
+    if isinstance(backbone.config, DiTConfig):
+        dit_bridge.save_directory(
+            directory,
+            backbone.config,
+            backbone.params,
+            dtype=dtype,
+            tokenizer_files=backbone.tokenizer_files,
+            source_config=backbone.source.get("config"),
+        )
+        return
     save_hf_directory(
         directory,
         backbone.config,
