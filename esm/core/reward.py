@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 
 
-def reward(correct: jax.Array, num_tokens: jax.Array, max_tokens: int, eta0: float) -> jax.Array:
+def reward(
+    correct: jax.Array, num_tokens: jax.Array, max_tokens: int | jax.Array, eta0: float | jax.Array
+) -> jax.Array:
     """R = correct - eta0 * num_tokens / max(1, max_tokens).
 
     Args:
@@ -17,5 +19,5 @@ def reward(correct: jax.Array, num_tokens: jax.Array, max_tokens: int, eta0: flo
         [B], float64 in a scope of double precision and float32 otherwise.
     """
     dtype = jnp.result_type(float)
-    share = num_tokens.astype(dtype) / max(1, max_tokens)
+    share = num_tokens.astype(dtype) / jnp.maximum(1, max_tokens)
     return correct.astype(dtype) - eta0 * share

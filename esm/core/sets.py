@@ -13,7 +13,7 @@ POSITIVE_SOURCES = ("rollout", "gold", "rollout_or_gold")
 
 
 class SetRules(NamedTuple):
-    """How sets are chosen; static.
+    """How sets are chosen; `contrast` and `positive_source` are static, the numbers need not be.
 
     Attributes:
         k_pos: most positives, at least 1.
@@ -64,14 +64,14 @@ def rank_sets(reward: jax.Array, correct: jax.Array, valid: jax.Array, rules: Se
     rollouts = valid.at[:, -1].set(False)
     reference = valid & ~rollouts & rollouts.any(axis=1, keepdims=True)
     any_rollout = rollouts.any(axis=1)
-    k_pos, k_neg = max(1, rules.k_pos), max(1, rules.k_neg)
+    k_pos, k_neg = jnp.maximum(1, rules.k_pos), jnp.maximum(1, rules.k_neg)
     if not rules.contrast:
         pos = first(rollouts, -reward, k_pos)
         # The reversed stable order: worst first, and of equal rewards the last rollout first.
         neg = first(rollouts[:, ::-1], reward[::-1], k_neg)[:, ::-1]
         return Sets(pos, neg, jnp.where(any_rollout, OK, NO_ROLLOUT).astype(jnp.int32))
     right, wrong = rollouts & correct, rollouts & ~correct
-    enough = right.sum(axis=1, keepdims=True) >= max(1, rules.min_correct)
+    enough = right.sum(axis=1, keepdims=True) >= jnp.maximum(1, rules.min_correct)
     pos = first(right, -reward, k_pos) & enough
     if rules.positive_source == "gold":
         pos = reference
@@ -103,7 +103,7 @@ def random_sets(
     return pos, rest[: max(1, k_neg)]
 
 
-def _first(mask: jax.Array, key: jax.Array, count: int) -> jax.Array:
+def _first(mask: jax.Array, key: jax.Array, count: jax.Array) -> jax.Array:
     """The `count` smallest keys among the masked entries ([K] bool, [K]), as a mask."""
     order = jnp.argsort(jnp.where(mask, key, jnp.inf), stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(len(order)))
