@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from bench import Row, Timings, compare, rates, take_turns
 from bench.halting_scenes import Sizes, Training, get_config, maze_config
+from common import dist
 from halting_jax.build import time_penalty_target
 from halting_jax.learner import make_optimizer
 from halting_jax.objective import classification, ponder_ratio
@@ -57,7 +58,9 @@ def bare_steps(training: Training, averaged: bool = False) -> Callable[[], Any]:
     compiled = jax.jit(training.counter.wrap(run), donate_argnums=0)
     batch, count = training.fixed_batch(), jnp.int32(training.steps)
     params = training.weights()
-    state = params, training.weights() if averaged else (), optimizer.init(params)
+    average = training.weights() if averaged else ()
+    # All on the mesh, where a call leaves them: elsewhere the second call would be traced again.
+    state = dist.replicate(training.mesh, (params, average, optimizer.init(params)))
 
     def call() -> Any:
         nonlocal state

@@ -169,6 +169,7 @@ class Training:
       config, source, built, settings: as the trainer makes them.
       steps: optimiser steps of one interval.
       cadence: steps between two checkpoints.
+      mesh: devices of the run.
     """
 
     def __init__(self, config: ConfigDict, directory: Path) -> None:
@@ -187,10 +188,10 @@ class Training:
         total = config.train.max_steps or config.train.max_epochs * per_epoch
         self.settings = optim_settings(config, total, per_epoch)
         self.steps, self.cadence = config.train.log_every, config.eval.every
-        self._mesh = dist.make_mesh(config.parallel.num_devices)
-        self._run = trainer_steps(self.built, self.settings, self.source, self.counter, self._mesh)
-        self._rows = row_numbers(config.data.batch_size, self._mesh)
-        self._state, _ = fresh_state(config, self.built, self.source, self.settings, self._mesh)
+        self.mesh = dist.make_mesh(config.parallel.num_devices)
+        self._run = trainer_steps(self.built, self.settings, self.source, self.counter, self.mesh)
+        self._rows = row_numbers(config.data.batch_size, self.mesh)
+        self._state, _ = fresh_state(config, self.built, self.source, self.settings, self.mesh)
         self._closing = contextlib.ExitStack()
         self._writer = self._closing.enter_context(
             MetricWriter(directory, tensorboard=config.logging.tensorboard)
@@ -217,7 +218,7 @@ class Training:
         config, count = self.config, self.steps
         batch_size = config.data.batch_size
         sent = padded(self.source.send(self._step, count, batch_size), config.train.log_every)
-        sent = dist.shard_batch(self._mesh, sent)
+        sent = dist.shard_batch(self.mesh, sent)
         with self._timer.part("train"):
             self._state, sums = self._run(self._state, self._rows, sent, count)
             sums = jax.device_get(sums)
