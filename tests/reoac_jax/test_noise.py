@@ -29,8 +29,11 @@ def test_derivative_against_autodiff(name):
 @each_schedule
 def test_inverse_and_sigma(name):
     schedule = noise.make_schedule(name)
-    np.testing.assert_allclose(schedule.inverse(schedule.alpha(GRID)), GRID, atol=1e-5)
+    # geometric: alpha near 1 has lost digits of sigma.
+    np.testing.assert_allclose(schedule.inverse(schedule.alpha(GRID)), GRID, atol=3e-5)
     np.testing.assert_allclose(jnp.exp(-schedule.sigma(GRID)), schedule.alpha(GRID), rtol=1e-5)
+    slope = jax.vmap(jax.grad(schedule.sigma))(GRID)
+    np.testing.assert_allclose(schedule.sigma_prime(GRID), slope, rtol=1e-4)
 
 
 def test_unknown_schedule():
