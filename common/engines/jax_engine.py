@@ -18,7 +18,7 @@ from common.engines.base import (
     Toolbox,
 )
 from common.engines.delimiter import Automaton, build_automaton
-from common.engines.jax_stream import JaxStream
+from common.engines.jax_stream import CHUNK, JaxStream
 from common.errors import require
 from common.lm.cache import bytes_per_token
 from common.lm.config import DecoderConfig
@@ -50,6 +50,7 @@ class JaxEngine:
         *,
         mesh: Any = None,
         sample_slots: int | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         """Wraps a loaded model.
 
@@ -58,6 +59,7 @@ class JaxEngine:
             token_bytes: What each token adds to a text; b"" for special tokens.
             mesh: The mesh its weights are split over, or None.
             sample_slots: Rows `sample` decodes side by side; None = from the free memory.
+            chunk: Tokens between two returns to the host.
         """
         self.model = model
         self.num_layers = model.cfg.num_layers
@@ -65,6 +67,7 @@ class JaxEngine:
         self._token_bytes = token_bytes
         self._mesh = mesh
         self._sample_slots = sample_slots
+        self._chunk = chunk
         self._automata: dict[str, Automaton] = {}
 
     def sample(
@@ -167,15 +170,15 @@ class JaxEngine:
             size = max(1, min(_STATE_ROWS, _STATE_TOKENS // bucket))
             for start in range(0, len(indices), size):
                 part = indices[start : start + size]
-                ids, _, _ = pad_prompts([token_ids[i] for i in part], part, bucket, size)
+                padded, _, _ = pad_prompts([token_ids[i] for i in part], part, bucket, size)
                 asked = np.zeros((size, width), np.int32)
                 for row, i in enumerate(part):
                     asked[row, : len(positions[i])] = positions[i]
                 states = np.asarray(
-                    _states(params, jnp.asarray(ids), jnp.asarray(asked), layer_ids, cfg=cfg)
+                    _states(params, jnp.asarray(padded), jnp.asarray(asked), layer_ids, cfg=cfg)
                 )  # [LQ, R, P, D]
                 for row, i in enumerate(part):
-                    results[i][:] = states[:, row, : len(positions[i])].transpose(1, 0, 2)
+                    results[i][...] = states[:, row, : len(positions[i])].transpose(1, 0, 2)
         return results
 
     def open(self, settings: StreamSettings, tools: Toolbox) -> JaxStream:
@@ -189,7 +192,7 @@ class JaxEngine:
                 self._token_bytes, settings.delimiter, self.model.cfg.vocab_size
             )
         automaton = self._automata[settings.delimiter]
-        return JaxStream(self.model, settings, tools, automaton, self._mesh)
+        return JaxStream(self.model, settings, tools, automaton, self._mesh, self._chunk)
 
     def _plain_stream(self, rows: int, needed: int, decoding: Decoding) -> JaxStream:
         """A stream for `sample`: no tools, no states, no delimiter."""
@@ -208,7 +211,7 @@ class JaxEngine:
             np.broadcast_to(_NEVER.next, (cfg.vocab_size, 1)),
             np.broadcast_to(_NEVER.hit, (cfg.vocab_size, 1)),
         )
-        return JaxStream(self.model, settings, tools, automaton, self._mesh)
+        return JaxStream(self.model, settings, tools, automaton, self._mesh, self._chunk)
 
 
 def choose_slots(cfg: DecoderConfig, capacity: int) -> int:

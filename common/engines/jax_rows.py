@@ -62,10 +62,10 @@ def empty_rows(cfg: DecoderConfig, slots: int, capacity: int, num_captured: int)
     )
 
 
-@functools.partial(jax.jit, static_argnames="capacity", donate_argnames="rows")
-def grow_rows(rows: Rows, *, capacity: int) -> Rows:
-    """The same rows with room for more tokens."""
-    return dataclasses.replace(rows, cache=resize(rows.cache, capacity))
+@functools.partial(jax.jit, static_argnames="capacity")
+def grow_cache(cache: Cache, *, capacity: int) -> Cache:
+    """The same sequences with room for more tokens."""
+    return resize(cache, capacity)
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="rows")
