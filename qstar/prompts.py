@@ -9,6 +9,7 @@ from qstar.adapters import Message, RowError
 
 STYLES = ("raw", "chat", "qa", "auto")
 OVERLONG = ("error", "left")
+THINK = "<think>\n"
 
 
 class Tokenizer(Protocol):
@@ -35,12 +36,14 @@ class PromptSettings:
         system: a system message put in front if the conversation has none; "" = none.
         max_tokens: longest prompt.
         overlong: "error" = a longer one is a row error; "left" = its tail is kept.
+        think: the rendered prompt ends with `THINK`.
     """
 
     style: str = "auto"
     system: str = ""
     max_tokens: int = 2048
     overlong: str = "error"
+    think: bool = False
 
     def __post_init__(self) -> None:
         """Refuses settings that make no sense, naming the key."""
@@ -80,17 +83,18 @@ def render(messages: Sequence[Message], settings: PromptSettings, tokenizer: Tok
         settings: style and system message.
         tokenizer: for its chat template.
     """
+    end = THINK if settings.think else ""
     style = resolve_style(settings.style, tokenizer)
     turns = list(messages)
     if style == "raw":
-        return turns[-1]["content"]
+        return turns[-1]["content"] + end
     if settings.system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": settings.system}, *turns]
     if style == "chat":
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        return str(text)
+        return str(text) + end
     forms = {"system": "{}\n\n", "user": "Question: {}\n\nAnswer: ", "assistant": "{}\n\n"}
-    return "".join(forms[turn["role"]].format(turn["content"]) for turn in turns)
+    return "".join(forms[turn["role"]].format(turn["content"]) for turn in turns) + end
 
 
 def encode(

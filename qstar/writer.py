@@ -5,6 +5,7 @@ diagnostics without data but never the reverse; on start a torn last line is cut
 without data are dropped. What is done follows from the data lines of all shards alone.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -17,11 +18,12 @@ from common.errors import UserError, require
 from common.rundir import atomic_write, atomic_write_json, json_text, read_jsonl, repair_jsonl
 
 SYNC_SECONDS = 2.0
+BESIDE = ("diagnostics", "tokens")  # files with a line per sample, written before its data line
 Done = tuple[int, int]  # sample_idx, repeat
 
 
 def output_paths(output: str | Path, shard: tuple[int, int] = (0, 1)) -> dict[str, Path]:
-    """The files of one shard: data, diagnostics, errors, manifest, lock.
+    """The files of one shard: data, diagnostics, tokens, errors, metrics, manifest, lock.
 
     Args:
         output: the data file, or its name without ".jsonl".
@@ -34,7 +36,9 @@ def output_paths(output: str | Path, shard: tuple[int, int] = (0, 1)) -> dict[st
     return {
         "data": base.with_name(f"{stem}{part}.jsonl"),
         "diagnostics": base.with_name(f"{stem}{part}.diagnostics.jsonl"),
+        "tokens": base.with_name(f"{stem}{part}.tokens.jsonl"),
         "errors": base.with_name(f"{stem}{part}.errors.jsonl"),
+        "metrics": base.with_name(f"{stem}{part}.metrics"),
         "manifest": base.with_name(f"{stem}.manifest.json"),
         "lock": base.with_name(f".{stem}{part}.lock"),
     }
@@ -45,7 +49,7 @@ def all_data_files(output: str | Path) -> list[Path]:
     plain = output_paths(output)["data"]
     stem = plain.name.removesuffix(".jsonl")
     shards = plain.parent.glob(f"{stem}.shard-*-of-*.jsonl")
-    suffixes = (".diagnostics.jsonl", ".errors.jsonl")
+    suffixes = tuple(f".{name}.jsonl" for name in ("diagnostics", "tokens", "errors"))
     return [plain, *sorted(p for p in shards if not p.name.endswith(suffixes))]
 
 
@@ -81,15 +85,21 @@ class Journal:
             UserError: if another process writes to this shard, or a file is damaged.
         """
         self.paths = output_paths(output, shard)
-        self.paths["data"].parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.paths["data"].parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run.output: cannot make '{self.paths['data'].parent}' ({error.strerror})"
+            ) from error
         self._lock = _take_lock(self.paths["lock"], self.paths["data"])
         self._files: dict[str, int] = {}
         try:
             if overwrite:
-                for name in ("data", "diagnostics", "errors"):
+                for name in ("data", *BESIDE, "errors"):
                     self.paths[name].unlink(missing_ok=True)
             repair_jsonl(self.paths["data"])
-            self._drop_orphans()
+            for name in BESIDE:
+                self._drop_orphans(name)
             self.done = done_samples(output)
             # Errors are tried again, so those of the last run are void.
             self.paths["errors"].unlink(missing_ok=True)
@@ -98,9 +108,9 @@ class Journal:
             raise
         self._last_sync = time.monotonic()
 
-    def _drop_orphans(self) -> None:
-        """Rewrites the diagnostics without the lines that have no sample."""
-        path = self.paths["diagnostics"]
+    def _drop_orphans(self, name: str) -> None:
+        """Rewrites the diagnostics or tokens without the lines that have no sample."""
+        path = self.paths[name]
         if not path.exists():
             return
         repair_jsonl(path)
@@ -112,45 +122,62 @@ class Journal:
         if len(kept) != len(rows):
             atomic_write(path, "".join(json_text(row) + "\n" for row in kept.values()))
 
-    def write(self, row: Mapping[str, Any], diagnostics: Mapping[str, Any] | None = None) -> None:
-        """Commits one sample: its diagnostics line, then its data line."""
-        if diagnostics is not None:
-            self._append("diagnostics", diagnostics)
+    def write(
+        self,
+        row: Mapping[str, Any],
+        diagnostics: Mapping[str, Any] | None = None,
+        tokens: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Commits one sample: the lines of its diagnostics and tokens, then its data line."""
+        for name, line in (("tokens", tokens), ("diagnostics", diagnostics)):
+            if line is not None:
+                self._append(name, line)
         self._append("data", row)
         self.done.add(row_key(row))
         if time.monotonic() - self._last_sync >= SYNC_SECONDS:
             self.sync()
 
-    def write_error(self, sample_idx: int, stage: str, message: str) -> None:
-        """Records that a row could not be used."""
-        self._append("errors", {"sample_idx": sample_idx, "stage": stage, "message": message})
+    def write_error(self, key: Done, stage: str, message: str, repeats: int = 1) -> None:
+        """Records that a sample could not be made; with several per row, which one."""
+        which = {"sample_idx": key[0]} | ({"repeat": key[1]} if repeats > 1 else {})
+        self._append("errors", {**which, "stage": stage, "message": message})
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         """One line in one write to an append-mode descriptor."""
-        if name not in self._files:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            self._files[name] = os.open(self.paths[name], flags, 0o666)
         line = (json_text(row) + "\n").encode()
-        written = os.write(self._files[name], line)
-        if written != len(line):
-            raise OSError(f"{self.paths[name]}: the disk took only a part of a line")
+        path = self.paths[name]
+        try:
+            if name not in self._files:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                self._files[name] = os.open(path, flags, 0o666)
+            written = os.write(self._files[name], line)
+            if written != len(line):
+                os.ftruncate(self._files[name], os.fstat(self._files[name]).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def sync(self) -> None:
-        """Makes everything written so far survive a power cut; diagnostics before data."""
-        for name in sorted(self._files, reverse=True):
-            os.fsync(self._files[name])
+        """Makes everything written so far survive a power cut; what goes with data before data."""
+        for name in sorted(self._files, key=lambda name: name == "data"):
+            try:
+                os.fsync(self._files[name])
+            except OSError as error:
+                raise _unwritable(self.paths[name], error) from error
         self._last_sync = time.monotonic()
 
     def close(self) -> None:
         """Syncs and lets the files and the lock go."""
         if self._lock < 0:
             return
-        self.sync()
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files = {}
-        os.close(self._lock)
-        self._lock = -1
+        try:
+            self.sync()
+        finally:
+            for descriptor in self._files.values():
+                os.close(descriptor)
+            self._files = {}
+            os.close(self._lock)
+            self._lock = -1
 
     def __enter__(self) -> Self:
         """The journal itself."""
@@ -164,7 +191,7 @@ class Journal:
 def sort_output(output: str | Path, shard: tuple[int, int] = (0, 1)) -> None:
     """Rewrites a shard's data and diagnostics in the order of sample and repeat, atomically."""
     paths = output_paths(output, shard)
-    for name in ("data", "diagnostics"):
+    for name in ("data", *BESIDE):
         if paths[name].exists():
             rows = sorted(read_jsonl(paths[name]), key=row_key)
             atomic_write(paths[name], "".join(json_text(row) + "\n" for row in rows))
@@ -190,7 +217,21 @@ def data_row(
 
 # --------------------------------------------------------------------------------------- manifest
 # Settings that may change between two starts of one run.
-FREE_KEYS = ("start_idx", "num_samples", "shard", "slots", "overwrite", "sort_output", "output")
+FREE_KEYS = (
+    "start_idx",
+    "num_samples",
+    "shard",
+    "slots",
+    "burst",
+    "prefill_rows",
+    "overwrite",
+    "sort_output",
+    "dry_run",
+    "output",
+    "metrics",
+    "log_seconds",
+    "platform",
+)
 
 
 def semantic_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,20 +242,26 @@ def semantic_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def check_manifest(path: str | Path, manifest: Mapping[str, Any], overwrite: bool = False) -> None:
+def check_manifest(
+    path: str | Path,
+    manifest: Mapping[str, Any],
+    overwrite: bool = False,
+    info: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the manifest of a new run, or compares it with the one that is being continued.
 
     Args:
         path: the manifest file.
         manifest: whatever decides what is generated, in nested dicts.
         overwrite: the old run is discarded.
+        info: kept as "info" and not compared: versions, index range, the rest of the config.
 
     Raises:
         UserError: if a key differs; lists the keys.
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        old = _flat(read_manifest(path))
+        old = _flat({k: v for k, v in read_manifest(path).items() if k != "info"})
         new = _flat(manifest)
         changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:6])
@@ -223,8 +270,12 @@ def check_manifest(path: str | Path, manifest: Mapping[str, Any], overwrite: boo
             f"{path}: this output was begun with other settings: {shown}; use the same, another "
             "run.output, or run.overwrite=True",
         )
-        return
-    atomic_write_json(path, dict(manifest))
+    full = {**manifest, **({} if info is None else {"info": dict(info)})}
+    if overwrite or not path.exists() or read_manifest(path) != json.loads(json_text(full)):
+        try:
+            atomic_write_json(path, full)
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -253,13 +304,24 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: json_text(tree)}
 
 
+def _unwritable(path: Path, error: OSError) -> UserError:
+    """What to do about a file that cannot be written."""
+    return UserError(
+        f"{path}: {error.strerror or error}; make room and run the same command again: it "
+        "continues behind the last whole sample"
+    )
+
+
 def _take_lock(path: Path, data: Path) -> int:
     """An open descriptor that holds the shard's lock.
 
     Raises:
         UserError: if another process holds it.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -80,7 +80,7 @@ def test_diagnostics_without_their_sample_are_dropped(tmp_path: Path) -> None:
 def test_errors_are_tried_again(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with Journal(output) as journal:
-        journal.write_error(4, "prompt", "empty")
+        journal.write_error((4, 0), "prompt", "empty")
     path = output_paths(output)["errors"]
     assert read_jsonl(path) == [{"sample_idx": 4, "stage": "prompt", "message": "empty"}]
     with Journal(output) as journal:

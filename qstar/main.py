@@ -1,0 +1,58 @@
+"""q*: a data set sampled from the geometric mixture of a current and a target language model.
+
+    python -m qstar.main --config=configs/qstar.py
+    python -m qstar.main --config=configs/qstar.py:tiny --config.run.output=runs/x.jsonl
+
+The guide's flags (--model_theta, --model_t, --alpha_method, --dataset, --output, ...) are accepted
+in place of the config keys they stand for. The same command run again continues where it stopped.
+Exit status: 0 done or stopped resumably, 2 bad usage or config, 3 done with failed rows.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+from common import flags, log
+
+MODES = ("generate",)
+DEFAULT_CONFIG = "configs/qstar.py"
+
+
+def main(argv: list[str]) -> int:
+    """Checks the config and generates."""
+    del argv
+    config = flags.FLAGS.config
+    log.quiet_libraries()
+    if config.run.platform:
+        os.environ["JAX_PLATFORMS"] = config.run.platform
+    from common import dist
+    from qstar.defaults import finalize
+    from qstar.generate import run_generation
+
+    finalize(config)
+    keep_compiled()
+    dist.initialize()
+    return run_generation(config)
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs in the user's cache, unless JAX's own variable says where."""
+    import jax
+
+    from common.lm.source import cache_root
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root().parent / "compiled"))
+
+
+def start() -> NoReturn:
+    """The command line."""
+    from qstar.defaults import rename_guide_flags
+
+    flags.define_flags(DEFAULT_CONFIG, MODES)
+    sys.argv = rename_guide_flags(sys.argv)
+    flags.run(main)
+
+
+if __name__ == "__main__":
+    start()
