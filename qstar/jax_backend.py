@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from common.errors import require
-from common.lm.weights import load_model
+from common.lm.weights import Model, load_model
 from qstar.engine import JaxBackend, Plan
 from qstar.networks import DecoderNetwork
 from qstar.system import System
@@ -18,22 +18,44 @@ _SHARE = 0.8  # of the free memory that is used
 GIB = 2.0**30
 
 
-def open_jax(system: System, slots: int | None, prompt_tokens: int) -> JaxBackend:
+def load(system: System, role: str, models: dict[Any, Model]) -> Model:
+    """The model of a role, read once.
+
+    Args:
+        system: the pair.
+        role: "theta" or "t".
+        models: what is loaded already, by directory and dtype; gets what is loaded now.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    key = system.sources[role].path, system.dtype()
+    if key not in models:
+        models[key] = load_model(*key)
+    return models[key]
+
+
+def open_jax(
+    system: System,
+    slots: int | None,
+    prompt_tokens: int,
+    models: dict[Any, Model] | None = None,
+) -> JaxBackend:
     """Loads the models, one parameter set where both are the same, and makes the engine.
 
     Args:
         system: the pair.
         slots: S; None = as many as memory holds, at most `MAX_SLOTS`.
         prompt_tokens: longest prompt that will come.
+        models: weights that are loaded already, see `load`.
 
     Raises:
         UserError: a model cannot be loaded, or not even one slot fits.
     """
-    sources = [system.sources[role] for role in system.roles]
-    models = [load_model(sources[0].path, system.dtype())]
-    if len(sources) == 2 and not system.shared:
-        models.append(load_model(sources[1].path, system.dtype()))
-    networks = tuple(DecoderNetwork(model.cfg) for model in models)
+    cache = {} if models is None else models
+    roles = system.roles[:1] if system.shared else system.roles
+    used = [load(system, role, cache) for role in roles]
+    networks = tuple(DecoderNetwork(model.cfg) for model in used)
     plan = Plan(networks, system.decoding)
     run = system.config.run
     if slots is None:
@@ -41,7 +63,7 @@ def open_jax(system: System, slots: int | None, prompt_tokens: int) -> JaxBacken
         slots = fitting_slots(plan, longest)
     return JaxBackend(
         plan,
-        [model.params for model in models],
+        [model.params for model in used],
         system.columns(),
         slots,
         system.config.seed,

@@ -41,7 +41,7 @@ def keep_compiled() -> None:
 
     from common.lm.source import cache_root
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_root().parent / "compiled"))
 
 

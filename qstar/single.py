@@ -13,8 +13,8 @@ from qstar.columns import map_rows
 from qstar.diagnostics import TokenDiagnostics
 from qstar.law import log_weights
 from qstar.pair import Norms, Pair, make_pair, working_dtype
-from qstar.sampling import draw, greedy, log_probabilities
-from qstar.step import MixedToken
+from qstar.sampling import log_probabilities
+from qstar.step import MixedToken, take
 from qstar.tilt import IDENTICAL, INVALID, AlphaSettings, Tilt, solve_temperature
 
 if TYPE_CHECKING:
@@ -29,7 +29,11 @@ def constant_alpha(settings: AlphaSettings) -> float:
 
 
 def single_step(
-    x: jax.Array, keys: jax.Array, decoding: "Decoding", columns: "Columns"
+    x: jax.Array,
+    keys: jax.Array | None,
+    decoding: "Decoding",
+    columns: "Columns",
+    given: jax.Array | None = None,
 ) -> MixedToken:
     """Draws from one model's law under the same rules, filters and keys as a mixture.
 
@@ -39,6 +43,7 @@ def single_step(
         x: [B, U] raw logits.
         keys: [B] typed keys of this token.
         decoding, columns: how to choose; `decoding.source` says which model x belongs to.
+        given: [B] int32, tokens whose probabilities are wanted; nothing is drawn then.
     """
     temperature = float(solve_temperature(decoding.temperature))
     x = x.astype(working_dtype(x))
@@ -54,10 +59,8 @@ def single_step(
     flags = jnp.where(norms.invalid, INVALID, IDENTICAL if same else 0).astype(jnp.int32)
     found = Tilt(Pair(x, x, norms), alpha, flags)
     weights = log_weights(found, decoding.law, columns.special, columns.allowed)
-    if decoding.temperature == 0:
-        token = greedy(found, weights, decoding.law.special_tokens == "mix")
-    else:
-        token = draw(keys, weights, decoding.draw)
+    law, heat = decoding.law, decoding.temperature
+    token = take(found, weights, keys, law, heat, decoding.draw) if given is None else given
     log_q, log_own, _ = log_probabilities(found, weights, token)
     zero = jnp.zeros_like(alpha)
     one, none = jnp.ones_like(alpha), jnp.full_like(alpha, jnp.nan)

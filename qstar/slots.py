@@ -184,7 +184,7 @@ def advance(
         y: [S, W'] logits of pi_t; None unless `decoding.source` is "both".
         decoding, columns: how to choose.
     """
-    step = choose(state, x, y, decoding, columns)
+    step = choose(x, y, state.count, decoding, columns, state.keys)
     drawn = state.active & (step.token >= 0)
     token = jnp.maximum(step.token, 0)
     rows = jnp.arange(token.shape[0], dtype=jnp.int32)
@@ -197,7 +197,7 @@ def advance(
         new = token if ids is None else jnp.maximum(ids[token], 0)
         return jnp.where(drawn, new, old)
 
-    values = jnp.stack([_field(step, name) for name in FIELDS], axis=-1)  # [S, F]
+    values = stack_fields(step)
     return dataclasses.replace(
         state,
         token_theta=own(columns.theta, state.token_theta),
@@ -212,14 +212,29 @@ def advance(
 
 
 def choose(
-    state: Slots, x: jax.Array, y: jax.Array | None, decoding: Decoding, columns: Columns
+    x: jax.Array,
+    y: jax.Array | None,
+    index: jax.Array,
+    decoding: Decoding,
+    columns: Columns,
+    keys: jax.Array | None = None,
+    given: jax.Array | None = None,
 ) -> MixedToken:
-    """The next token of every slot with its diagnostics; arguments as in `advance`."""
-    keys = token_keys(state.keys, state.count)
+    """The next token of every row with its diagnostics.
+
+    Args:
+        x, y: as in `advance`.
+        index: [B] int32, how many tokens a row has.
+        decoding, columns: how to choose.
+        keys: [B] typed keys of the samples; None where tokens are given.
+        given: [B] int32, tokens to be scored instead of drawn ones.
+    """
+    if keys is not None:
+        keys = token_keys(keys, index)
     source = decoding.source
     x = common_logits(x, columns.t if source == "t" else columns.theta, decoding)
     if y is None:
-        return single_step(x, keys, decoding, columns)
+        return single_step(x, keys, decoding, columns, given)
     y = common_logits(y, columns.t, decoding)
     return mix_step(
         x,
@@ -228,10 +243,11 @@ def choose(
         decoding.alpha,
         decoding.law,
         decoding.temperature,
-        forced=state.count == 0 if decoding.force_first else None,
+        forced=index == 0 if decoding.force_first else None,
         special=columns.special,
         allowed=columns.allowed,
         method=decoding.draw,
+        given=given,
     )
 
 
@@ -243,10 +259,14 @@ def common_logits(x: jax.Array, ids: jax.Array | None, decoding: Decoding) -> ja
     return x
 
 
-def _field(step: MixedToken, name: str) -> jax.Array:
-    """One of `FIELDS`, [S] float32."""
-    found = getattr(step if name in MixedToken._fields else step.diagnostics, name)
-    return found.astype(jnp.float32)
+def stack_fields(step: MixedToken) -> jax.Array:
+    """`FIELDS` of a step, [B, F] float32."""
+
+    def field(name: str) -> jax.Array:
+        found = getattr(step if name in MixedToken._fields else step.diagnostics, name)
+        return found.astype(jnp.float32)
+
+    return jnp.stack([field(name) for name in FIELDS], axis=-1)
 
 
 def read_slots(state: Slots, slots: Sequence[int]) -> list[Output]:

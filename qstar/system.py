@@ -348,13 +348,19 @@ def max_prompt_tokens(system: System) -> int:
     return limit
 
 
-def open_backend(system: System, slots: int | None, prompt_tokens: int) -> Backend:
+def open_backend(
+    system: System,
+    slots: int | None,
+    prompt_tokens: int,
+    models: dict[Any, Any] | None = None,
+) -> Backend:
     """Loads the weights and makes the engine.
 
     Args:
         system: the pair.
         slots: S; None = as many as memory allows.
         prompt_tokens: longest prompt that will come.
+        models: keeps loaded weights between calls (backend "jax"); None = loads them.
 
     Raises:
         UserError: if the weights cannot be loaded, or not even one slot fits.
@@ -363,7 +369,7 @@ def open_backend(system: System, slots: int | None, prompt_tokens: int) -> Backe
     if name == "jax":
         from qstar.jax_backend import open_jax
 
-        return open_jax(system, slots, prompt_tokens)
+        return open_jax(system, slots, prompt_tokens, models)
     if name == "transformers":
         from qstar.backend_transformers import open_transformers
 
