@@ -19,6 +19,7 @@ import numpy as np
 
 from common import dist, log
 from common.flags import load_config
+from common.fsdp import Layout
 from common.rundir import RunDir, atomic_write_json
 from common.statistics import mean_interval, wilson_interval
 from reoac_jax.data import load_prompts
@@ -30,8 +31,8 @@ from reoac_jax.learner import LearnerSettings
 from reoac_jax.models import Models, load_models
 from reoac_jax.pretrain import canvas_of
 from reoac_jax.prompts import make_canvas
-from reoac_jax.rollout import RolloutSettings
 from reoac_jax.samplers import confidence_decode
+from reoac_jax.settings import RolloutSettings
 from reoac_jax.train import fresh_state, grader_for, train
 
 FIXED = ("O_NUM", "O_OP", "O_SCOPE", "O_FAST")  # O_BRANCH is void in plus
@@ -129,7 +130,7 @@ def untrained(config: Any, models: Models) -> Any:
     """The learner before any update."""
     settings = RolloutSettings.from_config(config)
     learner = LearnerSettings.from_config(config, settings.operators.max_cost)
-    return fresh_state(config, models, learner, settings)
+    return fresh_state(config, models, learner, settings, dist.make_mesh(1), Layout())
 
 
 def trained(config: Any, models: Models, root: Path) -> Any:
@@ -140,7 +141,7 @@ def trained(config: Any, models: Models, root: Path) -> Any:
     if not run.finished:
         with run.lock():
             train(config, run)
-    return load_learner(config, models, run.path)[0]
+    return load_learner(config, models, run.path, dist.make_mesh(1))[0]
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ from reoac_jax.features import base_features
 from reoac_jax.learner import LearnerSettings
 from reoac_jax.learner_paper import PaperEpisode
 from reoac_jax.operators import operator_masks
-from reoac_jax.rollout import RolloutSettings
+from reoac_jax.settings import RolloutSettings
 from reoac_jax.tables import Tables, build_tables
 from reoac_jax.types import OPERATORS, SpecialIds
 

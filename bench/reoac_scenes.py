@@ -17,7 +17,7 @@ from reoac_jax.data import load_prompts
 from reoac_jax.learner import LearnerSettings, LearnerState, init_state
 from reoac_jax.models import load_models
 from reoac_jax.prompts import make_canvas
-from reoac_jax.rollout import RolloutSettings, feature_size
+from reoac_jax.settings import RolloutSettings, feature_size
 from reoac_jax.tables import Tables, build_tables
 from reoac_jax.types import SpecialIds
 
@@ -181,7 +181,7 @@ def network(sizes: Sizes, block_size: int, length: int, mode: str) -> e2d2.E2D2C
 
 
 def decoding_network(name: str, sizes: Sizes) -> e2d2.E2D2Config:
-    """The random E2D2 of one row of block decoding; "e2d2-owt sizes" are those that were released."""
+    """The random E2D2 of a row of block decoding; "e2d2-owt sizes" are those of the release."""
     _, prompt_width, gen_len, block_size = sizes.decode
     if name == "bundled sizes":
         sizes = dataclasses.replace(sizes, vocab=sizes.small_vocab, width=sizes.small_width)

@@ -32,32 +32,64 @@ def roll_out_and_grade(
     mesh: Mesh,
     grader: Grader,
     key: jax.Array,
+    grade_trials: bool = False,
 ) -> tuple[Episodes, Graded]:
-    """Episodes for prompts `rows`, in batches; each batch is graded while the next rolls out."""
+    """Episodes for prompts `rows`, in batches; each batch is graded while the next rolls out.
+
+    Every process builds and grades the rows on its own devices; rewards are then exchanged.
+
+    Args:
+      grade_trials: the episodes' branches were played to their ends; their rewards are filled in.
+
+    Returns:
+      the episodes, and their grades: rewards of all rows, texts of this process's rows alone.
+    """
     finished: list[Episodes] = []
     pending: list[PendingGrades] = []
+    trials: list[PendingGrades] = []
+    mine = dist.own_rows(mesh, batch_size)
 
     def submit(episodes: Episodes, start: int) -> None:
-        ids = jax.device_get(episodes.final_ids)  # waits for this batch; the next one is queued
-        golds = [prompts.golds[i] for i in rows[start : start + len(ids)]]
+        ids = dist.local_rows(episodes.final_ids)  # waits for this batch; the next one is queued
+        golds = [prompts.golds[i] for i in rows[start : start + batch_size][mine]]
         pending.append(grader.submit(ids, golds))
+        if grade_trials and episodes.branches is not None:
+            ends = dist.local_rows(episodes.branches.final_ids)  # [own rows, S, K, G]
+            each = ends.shape[1] * ends.shape[2]
+            golds = [gold for gold in golds for _ in range(each)]
+            trials.append(grader.submit(ends.reshape(-1, ends.shape[-1]), golds))
 
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
         canvas = make_canvas(
-            prompts, rows[part], row_ids[part], models.backbone.mask_id, models.backbone.pad_id
+            prompts,
+            rows[part][mine],
+            row_ids[part][mine],
+            models.backbone.mask_id,
+            models.backbone.pad_id,
         )
-        episodes = rollout(state.backbone, state.agent, dist.shard_batch(mesh, canvas), key)
+        batch = dist.from_own_rows(mesh, canvas, batch_size)
+        episodes = rollout(state.backbone, state.agent, batch, key)
         if finished:
             submit(finished[-1], start - batch_size)
         finished.append(episodes)
-    submit(finished[-1], len(rows) - len(finished[-1].final_ids))
+    submit(finished[-1], len(rows) - batch_size)
     graded = [p.result() for p in pending]
     joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), *finished)
+    # [own rows, batches] -> [rows, batches]: one exchange for the whole iteration.
+    rewards = dist.gather_rows(np.stack([g.rewards for g in graded], axis=1))
+    if grade_trials:
+        tried = joined.branches.tried
+        own = np.stack([p.result().rewards.reshape(mine.stop - mine.start, -1) for p in trials], 1)
+        outcome = np.moveaxis(dist.gather_rows(own), 1, 0).reshape(tried.shape)
+        reward = dist.shard_batch(mesh, outcome) * tried
+        branches = dataclasses.replace(joined.branches, reward=reward)
+        joined = dataclasses.replace(joined, branches=branches)
+    failed = dist.gather_rows(np.array([sum(g.num_failed for g in graded)]))
     return joined, Graded(
         texts=[text for g in graded for text in g.texts],
-        rewards=np.concatenate([g.rewards for g in graded]),
-        num_failed=sum(g.num_failed for g in graded),
+        rewards=np.ascontiguousarray(rewards.T).reshape(-1),
+        num_failed=int(failed.sum()),
     )
 
 
@@ -65,7 +97,7 @@ def paper_episodes(
     episodes: Episodes, rewards: np.ndarray, prompts: PromptSet, rows: np.ndarray, lam: float
 ) -> PaperEpisode:
     """What the buffer keeps of a batch, on the host."""
-    host = jax.device_get(dataclasses.replace(episodes, relation=None))
+    host = dist.gather(dataclasses.replace(episodes, relation=None))
     return PaperEpisode(
         features=host.steps.features,
         operator=host.steps.operator,
@@ -82,17 +114,24 @@ def write_samples(
     run: RunDir,
     iteration: int,
     episodes: Episodes,
-    graded: Graded,
+    rewards: np.ndarray,
+    grader: Grader,
     prompts: PromptSet,
     rows: np.ndarray,
     config: ConfigDict,
 ) -> None:
-    """samples/iter{i}_step{j}.json of the first episodes; features are those of the last step."""
+    """samples/iter{i}_step{j}.json of the first episodes; features are those of the last step.
+
+    Collective: the rows may lie on other processes; the main one writes.
+    """
     count = min(config.logging.num_samples, len(rows))
     # Null where there is none, empty where it was not kept.
     missing: list[float] | None = None if config.rollout.fast_critic else []
     branches = tuple(config.rollout.branch_steps), config.rollout.branch_k
-    part = jax.device_get(jax.tree.map(lambda x: x[:count], episodes))
+    part = dist.gather(jax.tree.map(lambda x: x[:count], episodes))
+    if not dist.is_main():
+        return
+    texts = grader.texts(part.final_ids)
     for j in range(count):
         last = max(int(part.num_steps[j]) - 1, 0)
         relation = missing
@@ -104,8 +143,8 @@ def write_samples(
             {
                 "prompt": prompts.texts[rows[j]],
                 "gold": prompts.golds[rows[j]],
-                "final_text": graded.texts[j],
-                "reward": float(graded.rewards[j]),
+                "final_text": texts[j],
+                "reward": float(rewards[j]),
                 "cost": float(part.cost[j]),
                 "steps": int(part.num_steps[j]),
                 "operators": [OPERATORS[a] for a in ran],

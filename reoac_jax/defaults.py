@@ -12,6 +12,7 @@ from common.errors import UserError
 from reoac_jax.types import OPERATORS
 
 ALGORITHMS = ("paper", "plus")
+SCORE_MODES = ("blockwise", "single_block", "left_to_right", "bidirectional", "prompt_cached")
 SELECTION_MODES = ("argmax", "sample", "random", *(f"fixed:{name}" for name in OPERATORS))
 
 
@@ -64,11 +65,14 @@ def get_default_config() -> ConfigDict:
     c.dataset.max_value = 99
 
     c.backbone = ConfigDict()
-    c.backbone.name = "e2d2"  # e2d2 | simple
-    c.backbone.model_name_or_path = "embedded"  # "embedded", a directory, or a hub name
+    c.backbone.name = "e2d2"  # e2d2 | mdlm | sedd | simple
+    # "embedded" (e2d2), "scratch" = random weights in the sizes of `model`, a directory, a hub name
+    c.backbone.model_name_or_path = "embedded"
     c.backbone.tokenizer_name_or_path = ""  # "" = the model's own
     c.backbone.max_length = 64  # P, prompt tokens; longer prompts are truncated
-    c.backbone.score_mode = ""  # "" = the model's; blockwise | single_block | left_to_right
+    # "" = the model's; e2d2: blockwise | single_block | left_to_right; mdlm, sedd: bidirectional |
+    # prompt_cached (approximate: the prompt is read once per episode)
+    c.backbone.score_mode = ""
     c.backbone.sample_strategy = "argmax"  # argmax | sample
     c.backbone.temperature = 1.0
     c.backbone.dtype = "float32"  # activations: float32 | bfloat16
@@ -107,8 +111,13 @@ def get_default_config() -> ConfigDict:
     c.rollout.selection_mode = "sample"  # argmax | sample; plus: random | fixed:<operator>
     c.rollout.use_hidden = True
     c.rollout.cost_lambda = 0.0
+    # plus, training: steps at which other operators are tried; evaluation with branching: steps at
+    # which every row looks ahead. paper: steps whose candidates the samples record.
     c.rollout.branch_steps = ()
-    c.rollout.branch_k = 2
+    c.rollout.branch_k = 2  # operators tried
+    c.rollout.branching = False  # plus: O_BRANCH may be chosen
+    c.rollout.branch_horizon = "end"  # plus: a trial lasts to the end | depth = branch_depth
+    c.rollout.branch_depth = 2  # plus: decisions of a trial with branch_horizon=depth
     c.rollout.gpu_critic = True  # True = tensor feature path, False = host path
     c.rollout.fast_critic = False  # paper: no relation features
     c.rollout.fast_operator = False  # paper, with fast_critic: operators see no strings
@@ -131,6 +140,7 @@ def get_default_config() -> ConfigDict:
     c.losses.advantage_clip = 0.0  # 0 = off
     c.losses.entropy_weight = 0.01
     c.losses.advantage_scale = "batch"  # plus: unit deviation per batch | group
+    c.losses.branch_weight = 1.0  # plus: of the losses on tried operators
     c.losses.backbone_pg_weight = 1.0
     c.losses.backbone_sft_weight = 0.5
     c.losses.gamma = 1.0
@@ -179,6 +189,7 @@ def get_default_config() -> ConfigDict:
     c.parallel = ConfigDict()
     c.parallel.num_devices = 0  # 0 = all
     c.parallel.mode = "jit"  # jit | pmap
+    c.parallel.fsdp = False  # True: the backbone and its moments are split over the devices
 
     c.model = ConfigDict()  # network built by --mode=pretrain
     c.model.hidden_size = 128
@@ -190,6 +201,8 @@ def get_default_config() -> ConfigDict:
     c.model.head_dim = 32
     c.model.rope_theta = 100.0  # short sequences need no low frequencies
     c.model.share_kv = False
+    c.model.num_blocks = 4  # mdlm, sedd
+    c.model.cond_dim = 64  # mdlm, sedd: width of the noise level's embedding
 
     c.pretrain = ConfigDict()
     c.pretrain.stage_steps = (1500, 1000, 3000)  # updates per stage of the curriculum
@@ -229,11 +242,11 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.rollout.selection_mode, SELECTION_MODES, "rollout.selection_mode")
     _one_of(c.rollout.fallback_operator, OPERATORS, "rollout.fallback_operator")
     _one_of(c.finetune_mode, ("full", "none"), "finetune_mode")
-    _one_of(c.backbone.name, ("e2d2", "simple"), "backbone.name")
+    _one_of(c.backbone.name, ("e2d2", "mdlm", "sedd", "simple"), "backbone.name")
     _one_of(c.backbone.sample_strategy, ("argmax", "sample"), "backbone.sample_strategy")
     _one_of(
         c.backbone.score_mode,
-        ("", "blockwise", "single_block", "left_to_right"),
+        ("", *SCORE_MODES),
         "backbone.score_mode",
     )
     _one_of(c.backbone.dtype, ("float32", "bfloat16"), "backbone.dtype")
@@ -245,12 +258,17 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.eval.verifier, ("robust", "paper"), "eval.verifier")
     _one_of(c.losses.advantage_scale, ("batch", "group"), "losses.advantage_scale")
     _one_of(c.parallel.mode, ("jit", "pmap"), "parallel.mode")
+    _one_of(c.rollout.branch_horizon, ("end", "depth"), "rollout.branch_horizon")
     _one_of(c.dataset.task, ("gsm8k",), "dataset.task")
+    if c.parallel.fsdp and c.parallel.mode != "jit":
+        raise UserError("config key parallel.fsdp=True needs parallel.mode=jit")
     for key in (
         "rollout.max_steps",
         "rollout.gen_len",
         "rollout.batch_size",
         "rollout.group_size",
+        "rollout.branch_k",
+        "rollout.branch_depth",
         "backbone.max_length",
         "buffer_size",
         "num_iterations",
@@ -280,6 +298,7 @@ def finalize(config: ConfigDict) -> list[str]:
         "rollout.patience",
         "losses.entropy_weight",
         "updates.backbone_rows",
+        "losses.branch_weight",
         "losses.backbone_pg_weight",
         "losses.backbone_sft_weight",
         "losses.critic_weight",
@@ -316,6 +335,16 @@ def finalize(config: ConfigDict) -> list[str]:
             f"config key rollout.batch_size={c.rollout.batch_size} must be a multiple of "
             f"rollout.group_size={c.rollout.group_size}"
         )
+    beyond = [t for t in c.rollout.branch_steps if not 0 <= t < c.rollout.max_steps]
+    if c.algo == "plus" and beyond:
+        raise UserError(
+            f"config key rollout.branch_steps: step {beyond[0]} is outside 0.."
+            f"{c.rollout.max_steps - 1} (rollout.max_steps={c.rollout.max_steps})"
+        )
+    if c.rollout.branching and c.operators.O_BRANCH.branch_depth < 1:
+        raise UserError("config key operators.O_BRANCH.branch_depth must be at least 1 to branch")
+    if c.algo == "paper" and c.rollout.branching:
+        raise UserError("config key rollout.branching=True is not the original's rule: algo=plus")
     for key in ("backbone.renoise", "rollout.fast_critic", "rollout.fast_operator"):
         if c.algo == "plus" and _at(c, key):
             raise UserError(f"config key {key}=True is the original's rule: set algo=paper")

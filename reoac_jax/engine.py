@@ -7,13 +7,21 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from common.fsdp import Layout
 from common.spmd import ROWS, WHOLE, spmd
 from reoac_jax.backbone.base import Backbone
 from reoac_jax.episodes import Episodes
-from reoac_jax.learner import LearnerSettings, make_update_plus
+from reoac_jax.learner import (
+    WHOLE_LAYOUT,
+    LearnerSettings,
+    LearnerState,
+    make_update_plus,
+    state_specs,
+)
 from reoac_jax.learner_paper import make_update_paper
-from reoac_jax.rollout import RolloutSettings, rollout_plus
+from reoac_jax.rollout import rollout_plus
 from reoac_jax.rollout_paper import rollout_paper
+from reoac_jax.settings import RolloutSettings
 from reoac_jax.tables import Tables
 
 
@@ -52,26 +60,35 @@ def compile_update(
     rollout_settings: RolloutSettings,
     mesh: Mesh,
     mode: str = "jit",
+    layout: Layout = WHOLE_LAYOUT,
+    shapes: LearnerState | None = None,
 ) -> Callable[..., Any]:
     """update(state, rows..., key) -> (state, metrics); see the two learners for the rows.
 
     plus: (state, episodes, reward, target, key). paper: (state, steps, canvas, returns, target,
     target_len, count).
+
+    Args:
+      layout: where the backbone's parameters and moments lie.
+      shapes: of the learner's state; needed where the layout cuts arrays.
     """
+    state: Any = WHOLE
+    if shapes is not None and layout.num_devices > 1:
+        state = state_specs(shapes, layout)
     if settings.algo == "plus":
         return spmd(
-            make_update_plus(backbone, settings),
+            make_update_plus(backbone, settings, layout),
             mesh,
-            (WHOLE, ROWS, ROWS, ROWS, WHOLE),
-            (WHOLE, WHOLE),
+            (state, ROWS, ROWS, ROWS, WHOLE),
+            (state, WHOLE),
             mode=mode,
             donate=(0,),
         )
     return spmd(
-        make_update_paper(backbone, settings, rollout_settings),
+        make_update_paper(backbone, settings, rollout_settings, layout),
         mesh,
-        (WHOLE, WHOLE, WHOLE),
-        (WHOLE, WHOLE),
+        (state, WHOLE, WHOLE),
+        (state, WHOLE),
         mode=mode,
         donate=(0,),
     )

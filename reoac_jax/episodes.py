@@ -39,6 +39,29 @@ class Steps:
 
 
 @flax.struct.dataclass
+class Branches:
+    """Trials of other operators at some steps of a batch of episodes; S steps, K trials each.
+
+    Attributes:
+      step: [B, S] int32, the steps (equal in all rows).
+      operator: [B, S, K] int32, the operator that was forced.
+      tried: bool [B, S, K]; where False the row had ended or the operator was void.
+      cost: [B, S, K] float32, price from the forced decision on.
+      estimate: [B, S, K] float32, the critic's value where a trial was cut off; 0 where it ended.
+      reward: [B, S, K] float32, grade of the answer; 0 where a trial was cut off.
+      final_ids: [B, S, K, G] int32, the canvas at the trial's end.
+    """
+
+    step: jax.Array
+    operator: jax.Array
+    tried: jax.Array
+    cost: jax.Array
+    estimate: jax.Array
+    reward: jax.Array
+    final_ids: jax.Array
+
+
+@flax.struct.dataclass
 class Episodes:
     """A batch of finished episodes.
 
@@ -46,14 +69,19 @@ class Episodes:
       canvas: the prompts, with the canvas all masks.
       final_ids: [B, G] int32.
       steps: records of every decision.
-      num_steps: [B] int32, decisions taken (= backbone forwards).
+      num_steps: [B] int32, decisions taken.
+      num_forwards: [B] int32, backbone passes spent on the row: one per decision, and those of
+        lookaheads; not those of trials, which only training makes.
       cost: [B] float32, total price.
       relation: [B, P, G] float32 relation of the last step, or None when not saved.
+      branches: trials of other operators, or None when there were none.
     """
 
     canvas: Canvas
     final_ids: jax.Array
     steps: Steps
     num_steps: jax.Array
+    num_forwards: jax.Array
     cost: jax.Array
     relation: jax.Array | None
+    branches: Branches | None = None

@@ -16,7 +16,7 @@ from common.statistics import mean_interval, wilson_interval
 from reoac_jax.episodes import Episodes
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Grader
-from reoac_jax.rollout import Agent
+from reoac_jax.settings import Agent
 from reoac_jax.types import OPERATORS
 
 RolloutFn = Callable[[Params, Agent, Any, jax.Array], Episodes]
@@ -27,6 +27,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
       rewards, costs, steps: reward in [0, 1], total operator price, decisions taken.
+      forwards: backbone passes, those of lookaheads included.
       usage: [5] int, how often each operator ran.
       texts: decoded answers.
       num_failed: answers whose grading hit the time limit or crashed (they count as wrong).
@@ -35,6 +36,7 @@ class Evaluation(NamedTuple):
     rewards: np.ndarray
     costs: np.ndarray
     steps: np.ndarray
+    forwards: np.ndarray
     usage: np.ndarray
     texts: list[str]
     num_failed: int
@@ -72,24 +74,33 @@ def run_policy(
     total = min(limit, len(prompts)) if limit else len(prompts)
     devices = mesh.shape[dist.DATA_AXIS]
     size = -(-min(batch_size, total) // devices) * devices
-    pending, costs, steps = [], [], []
+    pending, costs, steps, forwards = [], [], [], []
+    texts: list[str] = []
     usage = np.zeros(len(OPERATORS), np.int64)
     queued: tuple[int, int, Episodes] | None = None
 
+    mine = dist.own_rows(mesh, size)
+
     def collect(start: int, keep: int, episodes: Episodes) -> None:
         nonlocal usage
-        ids, cost, count, operator, active = jax.device_get(
+        ids, cost, count, passes, operator, active = dist.gather(
             (
                 episodes.final_ids,
                 episodes.cost,
                 episodes.num_steps,
+                episodes.num_forwards,
                 episodes.steps.operator,
                 episodes.steps.active,
             )
         )
-        pending.append(grader.submit(ids[:keep], prompts.golds[start : start + keep]))
+        # Each process grades the rows of its own devices.
+        golds = prompts.golds[start : start + keep][mine]
+        grading = grader.submit(ids[:keep][mine], golds)
+        pending.append(grading)
+        texts.extend(grading.texts if len(grading.texts) == keep else grader.texts(ids[:keep]))
         costs.append(cost[:keep])
         steps.append(count[:keep])
+        forwards.append(passes[:keep])
         usage += np.bincount(operator[:keep][active[:keep]], minlength=len(OPERATORS))
 
     bar = tqdm(
@@ -108,13 +119,18 @@ def run_policy(
         if queued is not None:
             collect(*queued)
     graded = [p.result() for p in pending]
+    share = mine.stop - mine.start
+    own = np.stack([np.pad(g.rewards, (0, share - len(g.rewards))) for g in graded], axis=1)
+    rewards = np.ascontiguousarray(dist.gather_rows(own).T).reshape(-1)[:total]
+    failed = dist.gather_rows(np.array([sum(g.num_failed for g in graded)]))
     return Evaluation(
-        rewards=np.concatenate([g.rewards for g in graded]),
+        rewards=rewards,
         costs=np.concatenate(costs),
         steps=np.concatenate(steps),
+        forwards=np.concatenate(forwards),
         usage=usage,
-        texts=[text for g in graded for text in g.texts],
-        num_failed=sum(g.num_failed for g in graded),
+        texts=texts,
+        num_failed=int(failed.sum()),
     )
 
 
@@ -133,6 +149,7 @@ def summary(
         "avg_reward": float(result.rewards.mean()),
         "avg_cost": float(result.costs.mean()),
         "avg_steps": float(result.steps.mean()),
+        "avg_forwards": float(result.forwards.mean()),
         "avg_return": mean,
         "avg_return_interval": [low, high],
         "operators": usage,
@@ -144,7 +161,9 @@ def summary(
 def write_report(
     path: Path, numbers: dict[str, Any], result: Evaluation, prompts: PromptSet, num_samples: int
 ) -> None:
-    """eval_<task>.json: the summary plus the first samples, written atomically."""
+    """eval_<task>.json: the summary plus the first samples; the main process writes."""
+    if not dist.is_main():
+        return
     shown = min(num_samples, len(result.texts))
     samples = [
         {

@@ -5,27 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from common import dist
 from common.checkpoint import Checkpointer
 from common.errors import UserError
+from common.fsdp import Layout
 from reoac_jax.data import load_prompts
 from reoac_jax.engine import compile_rollout
 from reoac_jax.evaluate import format_table, run_policy, summary, write_report
 from reoac_jax.learner import LearnerSettings, LearnerState
 from reoac_jax.models import Models, load_models
-from reoac_jax.rollout import RolloutSettings
+from reoac_jax.settings import RolloutSettings, evaluation_settings
 from reoac_jax.train import checkpoint_settings, fresh_state, grader_for, stored
 
 
 def load_learner(
-    config: ConfigDict, models: Models, checkpoint: str | Path
+    config: ConfigDict, models: Models, checkpoint: str | Path, mesh: Mesh
 ) -> tuple[LearnerState, int]:
     """The learner state of a checkpoint and its iteration.
 
     Args:
       checkpoint: a run directory, its checkpoints directory, or one step in it.
+      mesh: where it goes.
 
     Raises:
       UserError: there is no checkpoint, or it belongs to another architecture.
@@ -40,7 +43,8 @@ def load_learner(
         path = path / "checkpoints"
     rollout = RolloutSettings.from_config(config)
     settings = LearnerSettings.from_config(config, rollout.operators.max_cost)
-    state = fresh_state(config, models, settings, rollout)
+    layout = Layout.of(models.params, mesh, config.parallel.fsdp)
+    state = fresh_state(config, models, settings, rollout, mesh, layout)
     wanted = checkpoint_settings(config, models)
     # Evaluation may use another data set and seed than training did.
     relevant = {
@@ -72,10 +76,9 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: str, output: str = "") -
         raise UserError("--mode=eval needs --checkpoint=RUN: the run directory of a training run")
     mesh = dist.make_mesh(config.parallel.num_devices)
     models = load_models(config)
-    learner, iteration = load_learner(config, models, checkpoint)
-    state = dist.replicate(mesh, learner)
+    state, iteration = load_learner(config, models, checkpoint, mesh)
     prompts = load_prompts(config, "test", models.tokenizer, config.eval.limit)
-    settings = RolloutSettings.from_config(config, selection_mode="argmax", save_relation=False)
+    settings = evaluation_settings(config)
     rollout = compile_rollout(
         models.backbone, settings, models.tables, config.algo, mesh, config.parallel.mode
     )
@@ -105,6 +108,8 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: str, output: str = "") -
         "score_mode": models.backbone.score_mode,
     }
     path = Path(output or Path(config.logging.output_dir) / f"eval_{config.dataset.task}.json")
+    if not dist.is_main():
+        return numbers
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, numbers, result, prompts, 16)
     print(format_table([(f"iteration {iteration}", numbers)]))

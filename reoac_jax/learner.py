@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from common.dist import DATA_AXIS
+from common.fsdp import Layout
 from common.lm.layers import Params
 from common.optim import make_optimizer
 from common.spmd import all_rows, own_slice, sum_over_devices
@@ -31,10 +32,11 @@ from reoac_jax.networks import (
     normalise,
     update_stats,
 )
-from reoac_jax.rollout import Agent
+from reoac_jax.settings import Agent
 from reoac_jax.types import OPERATORS
 
 Metrics = dict[str, jax.Array]
+WHOLE_LAYOUT = Layout()
 
 
 @flax.struct.dataclass
@@ -83,6 +85,7 @@ class LearnerSettings:
     minibatch: int
     target_decay: float
     train_backbone: bool
+    branch_weight: float
     pg_weight: float
     sft_weight: float
     backbone_batch: int
@@ -117,6 +120,7 @@ class LearnerSettings:
             minibatch=update.minibatch,
             target_decay=update.target_decay,
             train_backbone=config.finetune_mode == "full",
+            branch_weight=loss.branch_weight,
             pg_weight=loss.backbone_pg_weight,
             sft_weight=loss.backbone_sft_weight,
             backbone_batch=update.backbone_batch,
@@ -133,14 +137,15 @@ class LearnerSettings:
             optim=tuple(sorted(config.optim.items())),
         )
 
-    def optimizer(self, name: str) -> optax.GradientTransformation:
-        """AdamW of "actor", "critic" or "backbone"."""
+    def optimizer(self, name: str, layout: Layout | None = None) -> optax.GradientTransformation:
+        """AdamW of "actor", "critic" or "backbone"; layout: where its parameters lie."""
         o = dict(self.optim)
         return make_optimizer(
             o[f"{name}_lr"],
             weight_decay=o["weight_decay"],
             grad_clip=o["grad_clip"],
             warmup=int(o["warmup"]),
+            norm=layout.norm if layout else optax.global_norm,
         )
 
 
@@ -170,6 +175,18 @@ def init_state(
     )
 
 
+def state_specs(state: LearnerState, layout: Layout) -> LearnerState:
+    """Partition specs of a learner's state: heads whole everywhere, the backbone by its layout.
+
+    Args:
+      state: arrays or their shapes.
+    """
+    specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), state)
+    return dataclasses.replace(
+        specs, backbone=layout.specs(state.backbone), backbone_opt=layout.specs(state.backbone_opt)
+    )
+
+
 def step_rewards(
     settings: LearnerSettings, cost: jax.Array, active: jax.Array, reward: jax.Array
 ) -> jax.Array:
@@ -185,16 +202,19 @@ def step_rewards(
 
 
 def make_update_plus(
-    backbone: Backbone, settings: LearnerSettings
+    backbone: Backbone, settings: LearnerSettings, layout: Layout = WHOLE_LAYOUT
 ) -> Callable[..., tuple[LearnerState, Metrics]]:
     """The update of algo="plus": PPO on the operator policy, Huber critic, backbone PG and SFT.
+
+    Args:
+      layout: where the backbone's parameters and moments lie.
 
     Returns:
       per-shard update(state, episodes, reward [B], target [B, G], key) -> (state, metrics), where
       rows b, b+1, .. b+group_size-1 of the global batch share a prompt.
     """
     actor_tx, critic_tx = settings.optimizer("actor"), settings.optimizer("critic")
-    backbone_tx = settings.optimizer("backbone")
+    backbone_tx = settings.optimizer("backbone", layout)
 
     def update(
         state: LearnerState,
@@ -222,19 +242,27 @@ def make_update_plus(
             lambda x: x.reshape(-1, *x.shape[2:]),
             (seen, steps.valid, steps.operator, steps.log_prob, advantage, returns, active),
         )
+        trials = None
+        if settings.branch_weight and episodes.branches is not None:
+            price = settings.cost_lambda / (settings.max_steps * settings.max_cost)
+            trials = losses.tried_operators(
+                all_rows(episodes.branches), seen, policy, steps.valid, price
+            )
         shuffle_key, row_key, noise_key = jax.random.split(key, 3)
         total = active.size
         size = min(settings.minibatch, total)
         num_batches = total // size
 
-        def minibatch(carry: Any, inputs: tuple[jax.Array, jax.Array]) -> tuple[Any, Metrics]:
+        def minibatch(carry: Any, inputs: Any) -> tuple[Any, Metrics]:
             actor, critic, actor_opt, critic_opt = carry
-            index, drop_key = inputs
+            index, tried_index, drop_key = inputs
             actor_key, critic_key = jax.random.split(drop_key)
             x, valid, operator, old, adv, ret, live = jax.tree.map(lambda a: a[index], flat)
 
+            part = None if trials is None else jax.tree.map(lambda a: a[tried_index], trials)
+
             def actor_loss(p: Params) -> tuple[jax.Array, Metrics]:
-                return losses.ppo_loss(
+                loss, metrics = losses.ppo_loss(
                     heads_apply(p, x, dropout=settings.actor_dropout, key=actor_key),
                     valid,
                     operator,
@@ -244,10 +272,18 @@ def make_update_plus(
                     clip=settings.clip,
                     entropy_weight=settings.entropy_weight,
                 )
+                if part is not None:
+                    extra, more = losses.tried_policy_loss(heads_apply(p, part.seen), part)
+                    loss, metrics = loss + settings.branch_weight * extra, metrics | more
+                return loss, metrics
 
             def critic_loss(p: Params) -> tuple[jax.Array, Metrics]:
                 q = heads_apply(p, x, dropout=settings.critic_dropout, key=critic_key)
-                return losses.huber_critic_loss(q, operator, ret, live)
+                loss, metrics = losses.huber_critic_loss(q, operator, ret, live)
+                if part is not None:
+                    extra, more = losses.tried_critic_loss(heads_apply(p, part.seen), part)
+                    loss, metrics = loss + settings.branch_weight * extra, metrics | more
+                return loss, metrics
 
             (_, actor_metrics), grads = jax.value_and_grad(actor_loss, has_aux=True)(actor)
             grads = jax.tree.map(lambda g: g * settings.weights[1], grads)
@@ -262,7 +298,11 @@ def make_update_plus(
         def epoch(carry: Any, epoch_key: jax.Array) -> tuple[Any, Metrics]:
             order_key, drop_key = jax.random.split(epoch_key)
             order = jax.random.permutation(order_key, total)[: num_batches * size]
-            inputs = (order.reshape(num_batches, size), jax.random.split(drop_key, num_batches))
+            inputs = (
+                order.reshape(num_batches, size),
+                _tried_order(jax.random.fold_in(epoch_key, 2), trials, num_batches),
+                jax.random.split(drop_key, num_batches),
+            )
             return jax.lax.scan(minibatch, carry, inputs)
 
         carry = (state.actor, state.critic, state.actor_opt, state.critic_opt)
@@ -283,7 +323,8 @@ def make_update_plus(
             grads, backbone_metrics = _backbone_gradient(
                 backbone,
                 settings,
-                params,
+                layout,
+                layout.whole(params),
                 canvas,
                 steps.gen_before,
                 gen_after,
@@ -319,6 +360,18 @@ def make_update_plus(
     return update
 
 
+def _tried_order(
+    key: jax.Array, trials: losses.TriedOperators | None, num_batches: int
+) -> jax.Array | None:
+    """Which states with trials go into which minibatch, [num_batches, size] int32."""
+    if trials is None:
+        return None
+    count = trials.tried.shape[0]
+    size = max(count // num_batches, 1)
+    order = jax.random.permutation(key, count)
+    return jnp.resize(order, (num_batches, size))
+
+
 def _episode_metrics(
     settings: LearnerSettings,
     steps: Any,
@@ -350,6 +403,7 @@ def _episode_metrics(
 def _backbone_gradient(
     backbone: Backbone,
     settings: LearnerSettings,
+    layout: Layout,
     params: Params,
     canvas: Canvas,
     gen_before: jax.Array,
@@ -370,7 +424,7 @@ def _backbone_gradient(
       target: [B, G] int32.
 
     Returns:
-      the gradient and metrics, equal on all devices.
+      this device's share of the gradient, and metrics, equal on all devices.
     """
     batch, horizon, gen_len = written.shape
     useful = jnp.any(written, axis=2).reshape(-1)
@@ -450,5 +504,5 @@ def _backbone_gradient(
         jax.tree.map(jnp.zeros_like, params),
         {"backbone/pg": zero, "backbone/sft": zero, "backbone/loss": zero},
     )
-    total, _ = jax.lax.scan(accumulate, start, mine)
-    return sum_over_devices(total)
+    (grads, metrics), _ = jax.lax.scan(accumulate, start, mine)
+    return layout.reduce(grads), sum_over_devices(metrics)

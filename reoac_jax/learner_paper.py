@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import optax
 
 from common.dist import DATA_AXIS
+from common.fsdp import Layout
 from common.lm.layers import Params
 from common.spmd import own_slice, sum_over_devices
 from reoac_jax import losses
 from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.counted_loss import counted_loss
-from reoac_jax.learner import LearnerSettings, LearnerState, Metrics
+from reoac_jax.learner import WHOLE_LAYOUT, LearnerSettings, LearnerState, Metrics
 from reoac_jax.networks import heads_apply
-from reoac_jax.rollout import RolloutSettings
 from reoac_jax.rollout_paper import noise_level
+from reoac_jax.settings import RolloutSettings
 from reoac_jax.types import BatchArray
 
 
@@ -43,7 +44,10 @@ class PaperEpisode:
 
 
 def make_update_paper(
-    backbone: Backbone, settings: LearnerSettings, rollout: RolloutSettings
+    backbone: Backbone,
+    settings: LearnerSettings,
+    rollout: RolloutSettings,
+    layout: Layout = WHOLE_LAYOUT,
 ) -> Callable[[LearnerState, PaperEpisode, jax.Array], tuple[LearnerState, Metrics]]:
     """Per-shard update(state, buffer [capacity, ...], count []) -> (state, metrics).
 
@@ -52,7 +56,7 @@ def make_update_paper(
     last gradient pass (measuring it again would cost another pass over every stored step).
     """
     actor_tx, critic_tx = settings.optimizer("actor"), settings.optimizer("critic")
-    backbone_tx = settings.optimizer("backbone")
+    backbone_tx = settings.optimizer("backbone", layout)
 
     def update(
         state: LearnerState, buffer: PaperEpisode, count: jax.Array
@@ -108,7 +112,7 @@ def make_update_paper(
         if settings.train_backbone:
             for _ in range(settings.backbone_steps):
                 grads, backbone_metrics = _backbone_gradient(
-                    backbone, settings, rollout, params, buffer, count
+                    backbone, settings, rollout, layout, layout.whole(params), buffer, count
                 )
                 updates, backbone_opt = backbone_tx.update(grads, backbone_opt, params)
                 params = optax.apply_updates(params, updates)
@@ -137,6 +141,7 @@ def _backbone_gradient(
     backbone: Backbone,
     settings: LearnerSettings,
     rollout: RolloutSettings,
+    layout: Layout,
     params: Params,
     buffer: PaperEpisode,
     count: jax.Array,
@@ -199,5 +204,6 @@ def _backbone_gradient(
 
     turns = -(-jnp.sum(useful) // (micro * devices))
     start = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
-    value, grads = sum_over_devices(jax.lax.fori_loop(0, turns, accumulate, start))
+    value, grads = jax.lax.fori_loop(0, turns, accumulate, start)
+    value, grads = sum_over_devices(value), layout.reduce(grads)
     return grads, {"backbone/loss": value, "backbone/zero_weight_share": zero_weight / pairs}

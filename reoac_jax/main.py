@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from common import dist, flags, log
 from common.errors import UserError
+from common.processes import is_main, on_main
 from common.rundir import RunDir
-from common.runs import discard_empty, find_or_create
+from common.runs import discard_empty, find_or_create, sole_command
 
 MODES = ("train", "eval", "prep", "pretrain", "viz")
 
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> int:
 
     given = flags.FLAGS
     log.quiet_libraries()
+    if given.mode in ("viz", "prep") and not is_main():
+        return 0  # work on files, for one process
     if given.mode == "viz":
         from reoac_jax.viz import run_viz
 
@@ -64,11 +67,15 @@ def main(argv: list[str]) -> int:
     run = find_or_create(
         config, config.logging.output_dir, name, given.workdir, config.checkpoint.resume
     )
-    with run.lock():
+
+    def dump() -> None:
+        flags.dump_config(config, run.config, given)
+
+    with sole_command(run):
         log.info("run directory %s", run.path)
         try:
             # Written once the run is sure to start: a refused command leaves a run as it was.
-            _start(given.mode, config, run, lambda: flags.dump_config(config, run.config, given))
+            _start(given.mode, config, run, lambda: on_main(dump))
         except UserError:
             if not given.workdir:
                 discard_empty(run)

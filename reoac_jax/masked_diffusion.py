@@ -2,17 +2,22 @@
 
 Unweighted variant of the E2D2 paper: cross-entropy at masked positions, averaged over them. The
 prompt is never noised. `single_block` noises the whole canvas with one t per row; the blockwise
-geometry draws one t per block.
+geometry draws one t per block. SEDD minimises its score entropy at the masked positions.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from common.lm.layers import Params
-from reoac_jax.backbone import e2d2
+from reoac_jax.backbone import e2d2, score_entropy
 from reoac_jax.backbone.base import Backbone, Canvas
+from reoac_jax.backbone.dit import DiTConfig
+from reoac_jax.backbone.noise import TIME_EPS as MIN_T
 
-MIN_T = 1e-3
+CanvasLoss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def stratified_t(key: jax.Array, n: int, row: jax.Array) -> jax.Array:
@@ -78,6 +83,40 @@ def canvas_loss(
     loss = jnp.sum((log_norm - gold) * weight) / count
     accuracy = jnp.sum((gold >= logits.max(-1)) * weight) / count
     return loss, {"pretrain/accuracy": accuracy, "pretrain/masked_share": weight.mean()}
+
+
+def score_entropy_loss(
+    network: DiTConfig,
+    params: Params,
+    backbone: Backbone,
+    canvas: Canvas,
+    target: jax.Array,
+    key: jax.Array,
+    n: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Likelihood bound of SEDD per canvas token; arguments and metrics as of `canvas_loss`."""
+    t_key, noise_key = jax.random.split(key)
+    t = stratified_t(t_key, n, canvas.row_id.astype(jnp.int32) % n)
+    sigma, rate = network.schedule.sigma(t), network.schedule.sigma_prime(t)
+    hidden = jax.random.uniform(noise_key, target.shape) < -jnp.expm1(-sigma)[:, None]
+    noised = jnp.where(hidden, network.mask_id, target)
+    context = backbone.begin(params, canvas)
+    output = backbone.head(params, backbone.score(params, context, canvas, noised, t).hidden)
+    scores = score_entropy.log_score(output, noised, sigma, network.scale_by_sigma)
+    entropy = score_entropy.score_entropy(scores, noised, target, sigma, network.graph)
+    loss = jnp.mean(entropy * rate[:, None])
+    gold = jnp.take_along_axis(output, target[..., None], axis=-1)[..., 0]
+    best = jnp.where(jnp.arange(network.vocab_size) == network.mask_id, -jnp.inf, output).max(-1)
+    weight = hidden.astype(jnp.float32)
+    accuracy = jnp.sum((gold >= best) * weight) / jnp.maximum(weight.sum(), 1.0)
+    return loss, {"pretrain/accuracy": accuracy, "pretrain/masked_share": weight.mean()}
+
+
+def loss_of(network: e2d2.E2D2Config | DiTConfig) -> CanvasLoss:
+    """The training loss of a network, called like `canvas_loss`."""
+    if isinstance(network, DiTConfig) and network.parameterization == "sedd":
+        return functools.partial(score_entropy_loss, network)
+    return canvas_loss
 
 
 def blockwise_t(key: jax.Array, n: int, row: jax.Array, length: int, block_size: int) -> jax.Array:

@@ -9,11 +9,19 @@ from ml_collections import ConfigDict
 from common.errors import UserError
 from common.lm.layers import Params
 from reoac_jax.backbone import toy
-from reoac_jax.backbone.base import Backbone, e2d2_backbone
-from reoac_jax.backbone.store import load_backbone
+from reoac_jax.backbone.base import Backbone
+from reoac_jax.backbone.dit import SCORE_MODES as DIT_SCORE_MODES
+from reoac_jax.backbone.dit import DiTConfig
+from reoac_jax.backbone.dit_backbone import with_tokenizer_ids
+from reoac_jax.backbone.e2d2 import SCORE_MODES as E2D2_SCORE_MODES
+from reoac_jax.backbone.store import EMBEDDED_NAME, StoredBackbone, load_backbone
+from reoac_jax.scratch import make_backbone, network_config
 from reoac_jax.tables import Tables, build_tables
-from reoac_jax.tokenizer import Tokenizer, load_tokenizer
+from reoac_jax.tokenizer import EMBEDDED_DIR, Tokenizer, load_tokenizer
 from reoac_jax.types import SpecialIds
+
+SCRATCH = "scratch"
+"""backbone.model_name_or_path of a network with random weights and the sizes of config.model."""
 
 
 class Models(NamedTuple):
@@ -38,18 +46,21 @@ def load_models(config: ConfigDict) -> Models:
     """
     b = config.backbone
     if b.name == "simple":
-        tokenizer = load_tokenizer(b.tokenizer_name_or_path or "embedded_e2d2")
+        tokenizer = load_tokenizer(b.tokenizer_name_or_path or EMBEDDED_DIR)
         special = _special(tokenizer, _mask_id(tokenizer))
         backbone = toy.simple_backbone(len(tokenizer), b.hidden_size, special, b.max_length)
         params = jax.jit(backbone.init)(jax.random.key(config.seed))
         provenance = {"weights": "random"}
+    elif b.model_name_or_path == SCRATCH:
+        tokenizer = load_tokenizer(b.tokenizer_name_or_path or EMBEDDED_DIR)
+        backbone = make_backbone(network_config(config, tokenizer))
+        params = jax.jit(backbone.init)(jax.random.key(config.seed))
+        provenance = {"weights": "random"}
     else:
-        hub = load_backbone(b.model_name_or_path)
-        cfg = dataclasses.replace(
-            hub.config, score_mode=b.score_mode or hub.config.score_mode, dtype=b.dtype
-        )
-        backbone, params, provenance = e2d2_backbone(cfg), hub.params, hub.provenance
+        hub = load_backbone(b.model_name_or_path, family=_family(b.name, b.model_name_or_path))
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or hub.directory)
+        backbone = _stored_backbone(config, hub, tokenizer)
+        params, provenance = hub.params, hub.provenance
     if len(tokenizer) > backbone.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} ids, the backbone {backbone.vocab_size}: set "
@@ -62,6 +73,41 @@ def load_models(config: ConfigDict) -> Models:
         vocab_size=backbone.vocab_size,
     )
     return Models(backbone, params, tokenizer, tables, provenance)
+
+
+def _family(name: str, path: str) -> str | None:
+    """What the files must be: a mistaken name is found before any other mismatch.
+
+    Raises:
+      UserError: the bundled weights are of another family.
+    """
+    if path == EMBEDDED_NAME and name != "e2d2":
+        raise UserError(
+            f"config key backbone.name={name}: no bundled weights; set backbone.model_name_or_path "
+            f"to a model directory, or train one with --mode=pretrain"
+        )
+    return name
+
+
+def _stored_backbone(config: ConfigDict, hub: StoredBackbone, tokenizer: Tokenizer) -> Backbone:
+    """A stored network in the score mode and dtype of the config.
+
+    Raises:
+      UserError: the network has no such score mode.
+    """
+    b = config.backbone
+    allowed = E2D2_SCORE_MODES if hub.family == "e2d2" else DIT_SCORE_MODES
+    if b.score_mode and b.score_mode not in allowed:
+        raise UserError(
+            f"config key backbone.score_mode={b.score_mode!r}: {hub.family} has "
+            + ", ".join(allowed)
+        )
+    network = hub.config
+    mode = b.score_mode or network.score_mode
+    if isinstance(network, DiTConfig):
+        network = with_tokenizer_ids(network, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+        return make_backbone(dataclasses.replace(network, score_mode=mode, dtype=b.dtype))
+    return make_backbone(dataclasses.replace(network, score_mode=mode, dtype=b.dtype))
 
 
 def _special(tokenizer: Tokenizer, mask_id: int) -> SpecialIds:

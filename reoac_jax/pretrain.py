@@ -1,9 +1,10 @@
-"""--mode=pretrain: train an E2D2 from scratch on generated problems and export it.
+"""--mode=pretrain: train a backbone from scratch on generated problems and export it.
 
-This is the command that made the bundled weights. It trains a tokenizer-sized single-block E2D2 by
-masked diffusion (`masked_diffusion.canvas_loss`), keeps an exponential moving average, evaluates
-the plain confidence sampler at several numbers of forward passes, and writes the average in the
-hub layout, from which every other mode loads it through the bridge.
+This is the command that made the bundled weights. It trains a network of the tokenizer's size (a
+single-block E2D2 or an MDLM by masked diffusion, a SEDD by score entropy, see `masked_diffusion`),
+keeps an exponential moving average, evaluates the plain confidence sampler at several numbers of
+forward passes, and writes the average in the hub layout, from which every other mode loads it
+through the bridge.
 """
 
 import functools
@@ -29,14 +30,16 @@ from common.optim import ema_update, make_optimizer
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
 from common.statistics import wilson_interval
-from reoac_jax.backbone.base import Backbone, Canvas, e2d2_backbone
-from reoac_jax.backbone.e2d2 import E2D2Config
+from reoac_jax.backbone.base import Backbone, Canvas
+from reoac_jax.backbone.dit import DiTConfig
+from reoac_jax.backbone.dit_bridge import save_directory
 from reoac_jax.backbone.e2d2_bridge import save_hf_directory
 from reoac_jax.corpus import Encoded, encode_supervised, lay_out
 from reoac_jax.data import load_records
-from reoac_jax.masked_diffusion import canvas_loss
+from reoac_jax.masked_diffusion import loss_of
 from reoac_jax.rewards import Grader
 from reoac_jax.samplers import confidence_decode
+from reoac_jax.scratch import NetworkConfig, make_backbone, network_config
 from reoac_jax.tokenizer import EMBEDDED_DIR, Tokenizer, load_tokenizer
 from reoac_jax.types import BatchArray
 
@@ -79,33 +82,6 @@ class Corpus(NamedTuple):
     tokens: BatchArray
     prompt_len: BatchArray
     target: BatchArray
-
-
-def network_config(config: ConfigDict, tokenizer: Tokenizer) -> E2D2Config:
-    """The E2D2 that config.model describes, with block size = canvas length."""
-    m, gen_len = config.model, config.rollout.gen_len
-    if m.share_kv:
-        raise UserError("config key model.share_kv=True is for adapted models; train last-hidden")
-    return E2D2Config(
-        vocab_size=len(tokenizer),
-        mask_id=tokenizer.mask_id if tokenizer.mask_id is not None else len(tokenizer) - 1,
-        pad_id=tokenizer.pad_id,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.intermediate_size,
-        num_encoder_layers=m.num_encoder_layers,
-        num_decoder_layers=m.num_decoder_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
-        head_dim=m.head_dim,
-        rope_theta=m.rope_theta,
-        block_size=gen_len,
-        length=config.backbone.max_length + gen_len,
-        score_mode="single_block",
-        keep_clean_bos=False,
-        dtype=config.backbone.dtype,
-    )
 
 
 def stages_of(config: ConfigDict) -> list[Stage]:
@@ -159,6 +135,7 @@ def canvas_of(tokens: BatchArray, prompt_len: BatchArray, prompt_width: int) -> 
 
 def train_steps(
     backbone: Backbone,
+    network: NetworkConfig,
     optimizer: optax.GradientTransformation,
     corpus: Corpus,
     mesh: Mesh,
@@ -171,6 +148,7 @@ def train_steps(
     rows = NamedSharding(mesh, PartitionSpec(dist.DATA_AXIS))
     batch = settings.batch_size
     prompt_width = corpus.tokens.shape[1] - corpus.target.shape[1]
+    canvas_loss = loss_of(network)
 
     def one(state: PretrainState, _: None) -> tuple[PretrainState, dict[str, jax.Array]]:
         index_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
@@ -246,7 +224,7 @@ def pretrain(
     mesh = dist.make_mesh(config.parallel.num_devices)
     tokenizer = load_tokenizer(config.backbone.tokenizer_name_or_path or EMBEDDED_DIR)
     network = network_config(config, tokenizer)
-    backbone = e2d2_backbone(network)
+    backbone = make_backbone(network)
     width, gen_len = config.backbone.max_length, config.rollout.gen_len
     stages = stages_of(config)
     total = stages[-1].last
@@ -272,7 +250,7 @@ def pretrain(
 
     state = dist.replicate(mesh, jax.jit(fresh)(init_key))
     step_fn = jax.jit(
-        functools.partial(train_steps, backbone, optimizer),
+        functools.partial(train_steps, backbone, network, optimizer),
         static_argnames=("mesh", "settings", "num_steps"),
         donate_argnames=("state",),
     )
@@ -379,7 +357,10 @@ def pretrain(
     source = Path(config.backbone.tokenizer_name_or_path or EMBEDDED_DIR)
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     same = source.resolve() == output.resolve()
-    save_hf_directory(output, network, average, tokenizer_files=[] if same else files)
+    if isinstance(network, DiTConfig):
+        save_directory(output, network, average, tokenizer_files=[] if same else files)
+    else:
+        save_hf_directory(output, network, average, tokenizer_files=[] if same else files)
     report = {"model": str(output), "parameters": num_params, "updates": step, "curve": rows}
     atomic_write_json(run.path / "pretrain.json", report)
     print(f"\nplain confidence sampler on {len(golds)} held-out problems")

@@ -75,9 +75,13 @@ class Grader:
         self._options = {"mode": mode, "verifier": verifier}
         self._pool = GradingPool(num_workers=workers, time_limit_s=time_limit)
 
+    def texts(self, gen_ids: np.ndarray) -> list[str]:
+        """The texts that canvases [B, G] are graded by."""
+        return decode_texts(gen_ids, self._tokenizer, self._mask_id, self._cut)
+
     def submit(self, gen_ids: np.ndarray, golds: Sequence[str]) -> PendingGrades:
         """Decode canvases [B, G] and queue them; returns at once."""
-        texts = decode_texts(gen_ids, self._tokenizer, self._mask_id, self._cut)
+        texts = self.texts(gen_ids)
         items = [(text, gold, self._options) for text, gold in zip(texts, golds, strict=True)]
         return PendingGrades(texts, self._pool.submit(items))
 

@@ -10,9 +10,9 @@ from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.episodes import Episodes, Steps
 from reoac_jax.paper_step import PaperOptions, paper_step
 from reoac_jax.relation import prompt_facts
-from reoac_jax.rollout import NUM_OPERATORS, Agent, RolloutSettings
 from reoac_jax.sampling import row_keys
 from reoac_jax.schedule import sigma
+from reoac_jax.settings import NUM_OPERATORS, Agent, RolloutSettings
 from reoac_jax.tables import Tables
 
 
@@ -109,6 +109,7 @@ def rollout_paper(
         final_ids=final_ids,
         steps=steps,
         num_steps=jnp.full(batch, horizon, jnp.int32),
+        num_forwards=jnp.full(batch, horizon, jnp.int32),
         cost=steps.cost.sum(axis=1),
         relation=relation if keep_relation else None,
     )

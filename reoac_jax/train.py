@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -16,6 +18,7 @@ from common import dist, flags, log
 from common.checkpoint import Checkpointer
 from common.data import IndexShuffler
 from common.errors import UserError
+from common.fsdp import Layout
 from common.metrics import MetricWriter, StepTimer, peak_memory
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
@@ -25,12 +28,17 @@ from reoac_jax.data import load_prompts
 from reoac_jax.engine import compile_rollout, compile_update
 from reoac_jax.episodes import Episodes
 from reoac_jax.evaluate import format_table, run_policy, summary, write_report
-from reoac_jax.learner import LearnerSettings, LearnerState, init_state
+from reoac_jax.learner import LearnerSettings, LearnerState, init_state, state_specs
 from reoac_jax.learner_paper import PaperEpisode
 from reoac_jax.models import Models, load_models
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Grader
-from reoac_jax.rollout import RolloutSettings, feature_size
+from reoac_jax.settings import (
+    RolloutSettings,
+    evaluation_settings,
+    feature_size,
+    training_settings,
+)
 from reoac_jax.types import OPERATORS
 
 # A checkpoint can only continue a run that agrees in these.
@@ -76,20 +84,34 @@ def weights_digest(params: Any) -> str:
 
 
 def fresh_state(
-    config: ConfigDict, models: Models, settings: LearnerSettings, rollout: RolloutSettings
+    config: ConfigDict,
+    models: Models,
+    settings: LearnerSettings,
+    rollout: RolloutSettings,
+    mesh: Mesh,
+    layout: Layout,
 ) -> LearnerState:
-    """The learner's state before any update, as config.seed draws it."""
-    make = jax.jit(
-        lambda key, params: init_state(
-            key,
+    """The learner's state before any update, as config.seed draws it, on the mesh.
+
+    Made where it will lie: no device ever holds more than its share.
+    """
+
+    def make(params: Any) -> LearnerState:
+        return init_state(
+            jax.random.fold_in(jax.random.key(config.seed), 0),
             settings,
             params,
             feature_size(rollout, models.backbone.hidden_size, config.algo),
             config.actor.hidden_size,
             config.critic.hidden_size,
         )
+
+    specs = state_specs(jax.eval_shape(make, models.params), layout)
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
     )
-    return make(jax.random.fold_in(jax.random.key(config.seed), 0), models.params)
+    params = dist.place(models.params, shardings.backbone)
+    return jax.jit(make, out_shardings=shardings)(params)
 
 
 def stored(state: LearnerState, settings: LearnerSettings) -> LearnerState:
@@ -129,18 +151,20 @@ def train(
     if prompts.num_cut:
         log.warning("%d prompts are longer than backbone.max_length and were cut", prompts.num_cut)
 
-    rollout_settings = RolloutSettings.from_config(config)
+    rollout_settings = training_settings(config)
     max_cost = rollout_settings.operators.max_cost
     settings = LearnerSettings.from_config(config, max_cost)
     compile_for = lambda s: compile_rollout(  # noqa: E731
         models.backbone, s, models.tables, config.algo, mesh, config.parallel.mode
     )
     rollout = compile_for(rollout_settings)
-    greedy = compile_for(
-        RolloutSettings.from_config(config, selection_mode="argmax", save_relation=False)
+    greedy = compile_for(evaluation_settings(config))
+    layout = Layout.of(models.params, mesh, config.parallel.fsdp)
+    state = fresh_state(config, models, settings, rollout_settings, mesh, layout)
+    shapes = jax.eval_shape(lambda: state)
+    update = compile_update(
+        models.backbone, settings, rollout_settings, mesh, config.parallel.mode, layout, shapes
     )
-    update = compile_update(models.backbone, settings, rollout_settings, mesh, config.parallel.mode)
-    state = dist.replicate(mesh, fresh_state(config, models, settings, rollout_settings))
     run_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     eval_key = jax.random.fold_in(jax.random.key(config.seed), 2)
     shuffler = IndexShuffler(len(prompts), config.seed, shuffle=config.dataset.shuffle)
@@ -215,18 +239,19 @@ def train(
                 saved["learner"],
                 backbone=saved["learner"].backbone if settings.train_backbone else state.backbone,
             )
-            state = dist.replicate(mesh, state)
             iteration, position = host["iteration"], host["position"]
             if example is not None:
-                buffer = replay.from_state(jax.device_get(saved["buffer"]))
+                buffer = replay.from_state(dist.gather(saved["buffer"]))
             log.info("resuming at iteration %d", iteration)
         on_start()
-        atomic_write_json(run.path / "backbone.json", facts)
+        if dist.is_main():
+            atomic_write_json(run.path / "backbone.json", facts)
         writer.truncate_after(iteration)
         before = None
         if iteration == 0:
             before = evaluate_now("evaluate untrained", "iteration 0")
-            atomic_write_json(run.path / "eval_untrained.json", before)
+            if dist.is_main():
+                atomic_write_json(run.path / "eval_untrained.json", before)
 
         timer = StepTimer()
         bar = tqdm(
@@ -252,9 +277,13 @@ def train(
                         mesh,
                         grader,
                         jax.random.fold_in(key, 0),
+                        grade_trials=bool(rollout_settings.tried_steps)
+                        and not rollout_settings.tried_depth,
                     )
-                if iteration % config.logging.sample_interval == 0 and dist.is_main():
-                    write_samples(run, iteration, episodes, graded, prompts, rows, config)
+                if iteration % config.logging.sample_interval == 0:
+                    write_samples(
+                        run, iteration, episodes, graded.rewards, grader, prompts, rows, config
+                    )
                 with timer.part("update"):
                     if plus:
                         reward, target_ids = dist.shard_batch(
@@ -300,7 +329,7 @@ def train(
                     f"ep/s={timing['speed/episodes_per_second']:.1f}"
                 )
                 due = iteration % config.logging.checkpoint_interval == 0
-                if due or last or stop.requested:
+                if due or last or stop.agreed():
                     tree: Any = {"learner": stored(state, settings)}
                     if example is not None:
                         tree["buffer"] = replay.to_state(buffer, example)
@@ -312,6 +341,8 @@ def train(
                     )
                     stop.check(f"iteration {iteration}")
         after = evaluate_now("evaluate", f"iteration {iteration}")
+    if not dist.is_main():
+        return after
     if before is None and (run.path / "eval_untrained.json").is_file():
         before = json.loads((run.path / "eval_untrained.json").read_text())
     table = [("untrained policy", before)] if before else []
@@ -346,7 +377,7 @@ def _named(values: dict[str, float], config: ConfigDict, episodes: int) -> dict[
 
 def _batch_metrics(episodes: Episodes, rewards: np.ndarray, lam: float) -> dict[str, float]:
     """Reward, cost, steps and operator shares of a batch (paper; plus computes them on device)."""
-    cost, operator = jax.device_get((episodes.cost, episodes.steps.operator))
+    cost, operator = dist.gather((episodes.cost, episodes.steps.operator))
     share = np.bincount(operator.reshape(-1), minlength=len(OPERATORS)) / operator.size
     return {
         "reward": float(rewards.mean()),

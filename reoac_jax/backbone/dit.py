@@ -170,13 +170,13 @@ class _Tree(nn.Module):
     """Declares the nested parameter tree of `spec`; see `e2d2.ParameterTree` for the reason."""
 
     spec: Mapping[str, Any]
-    path: str
+    prefix: str
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
         for name, entry in self.spec.items():
-            path = f"{self.path}/{name}"
+            path = f"{self.prefix}/{name}"
             if isinstance(entry, Mapping):
                 tree[name] = _Tree(entry, path, name=name)()
             else:
@@ -330,7 +330,7 @@ def run_blocks(
 
     def step(carry: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
         block, mods_i, cached_i, key_i = inputs
-        contexts = ()
+        contexts: tuple[layers.Context, ...] = ()
         if context is not None:
             contexts = (layers.Context(cached_i[0], cached_i[1], context[2]),)
         y, kv = _block(block, cfg, carry, mods_i, rope, contexts, mask, key_i)

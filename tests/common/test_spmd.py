@@ -73,7 +73,7 @@ import jax, jax.numpy as jnp, numpy as np
 from common.dist import make_mesh, replicate, shard_batch
 from reoac_jax.engine import compile_rollout, compile_update
 from reoac_jax.learner import init_state
-from reoac_jax.rollout import feature_size
+from reoac_jax.settings import feature_size
 from tests.reoac_jax import toy_setting as toy
 
 algo = sys.argv[1]

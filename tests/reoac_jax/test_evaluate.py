@@ -67,6 +67,7 @@ def _rollout(params: Any, agent: Any, canvas: Canvas, key: jax.Array) -> Episode
         final_ids=jnp.repeat(3 * number[:, None], GEN, 1),
         steps=steps,
         num_steps=count,
+        num_forwards=count,
         cost=2.0 * count,
         relation=None,
     )

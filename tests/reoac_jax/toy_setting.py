@@ -17,7 +17,7 @@ from reoac_jax.learner import LearnerSettings
 from reoac_jax.learner_paper import PaperEpisode
 from reoac_jax.networks import init_heads, init_stats
 from reoac_jax.operators import OperatorParams, operator_params
-from reoac_jax.rollout import Agent, RolloutSettings, feature_size
+from reoac_jax.settings import Agent, RolloutSettings, feature_size
 from reoac_jax.tables import Tables, build_tables
 from reoac_jax.types import SpecialIds
 
@@ -213,6 +213,7 @@ def made_up_episodes(
         final_ids=_single(final),
         steps=Steps(**records),
         num_steps=_single(taken.astype(np.int32)),
+        num_forwards=_single(taken.astype(np.int32)),
         cost=_single(cost.sum(axis=1)),
         relation=None,
     )
