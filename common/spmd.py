@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from common.dist import DATA_AXIS, place
+from common.dist import DATA_AXIS, from_own_rows, local_rows, own_rows, place
 from common.errors import UserError
 
 ROWS = "rows"  # split over the devices along the leading axis
@@ -65,11 +65,15 @@ def spmd(
         return lambda *args: compiled(
             *(_global(mesh, a, s) for a, s in zip(args, specs, strict=True))
         )
-    count = mesh.shape[DATA_AXIS]
+    if any(not isinstance(spec, str) for spec in in_specs):
+        raise UserError("arrays split over the devices (parallel.fsdp) need parallel.mode=jit")
+    # The devices of this process: under pmap every process brings its own rows.
+    count = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
+    first = sum(d.process_index < jax.process_index() for d in mesh.devices.flat)
     # Only replicated results are returned unsplit; donated buffers are a jit-mode optimisation.
     # pmap wants an argument that is split even where all of ours are whole: the device numbers.
     in_axes = (0, *(0 if s == ROWS else None for s in in_specs))
-    numbers = np.arange(count)
+    numbers = np.arange(first, first + count)
     results = (out_specs,) if isinstance(out_specs, str) else out_specs
     parallel = jax.pmap(
         lambda _, *args: _as_tuple(fn(*args), out_specs),
@@ -79,10 +83,11 @@ def spmd(
     )
 
     def call(*args: Any) -> Any:
-        split = [_split(a, count) if s == ROWS else a for a, s in zip(args, in_specs, strict=True)]
+        own = [_own(a, s, mesh) for a, s in zip(args, in_specs, strict=True)]
+        split = [_split(a, count) if s == ROWS else a for a, s in zip(own, in_specs, strict=True)]
         outs = parallel(numbers, *split)
         joined = tuple(
-            _join(out) if s == ROWS else jax.tree.map(lambda x: x[0], out)
+            _shared(_join(out) if s == ROWS else jax.tree.map(lambda x: x[0], out), s, mesh)
             for out, s in zip(outs, results, strict=True)
         )
         return joined[0] if isinstance(out_specs, str) else joined
@@ -112,6 +117,29 @@ def _global(mesh: Mesh, tree: Any, spec: Any) -> Any:
         return place(leaf, sharding)
 
     return jax.tree.map(whole, tree)
+
+
+def _own(tree: Any, spec: str, mesh: Mesh) -> Any:
+    """Several processes under pmap: the part of global arrays that lies here, on the host."""
+    if jax.process_count() == 1:
+        return tree
+
+    def part(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return local_rows(leaf) if spec == ROWS else leaf.addressable_data(0)
+        return leaf[own_rows(mesh, leaf.shape[0])] if spec == ROWS else leaf
+
+    return jax.tree.map(part, tree)
+
+
+def _shared(tree: Any, spec: str, mesh: Mesh) -> Any:
+    """Undoes `_own`."""
+    if jax.process_count() == 1:
+        return tree
+    if spec == WHOLE:
+        return place(tree, NamedSharding(mesh, PartitionSpec()))
+    count, share = mesh.devices.size, len(jax.local_devices())
+    return jax.tree.map(lambda x: from_own_rows(mesh, x, x.shape[0] * count // share), tree)
 
 
 def _split(tree: Any, count: int) -> Any:

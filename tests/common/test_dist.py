@@ -109,7 +109,22 @@ def test_a_scalar_cannot_be_split() -> None:
         dist.shard_batch(dist.make_mesh(1), {"temperature": jnp.float32(1)})
 
 
-def test_several_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partial_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS=2"):
+    with pytest.raises(UserError, match="SLURM_JOB_ID and SLURM_PROCID and .* is not set"):
         dist.initialize()
+
+
+def test_one_process_holds_every_row() -> None:
+    mesh = dist.make_mesh(1)
+    assert dist.own_rows(mesh, 6) == slice(0, 6)
+    x = np.arange(6.0).reshape(3, 2)
+    batch = dist.from_own_rows(mesh, {"x": x}, 3)
+    np.testing.assert_array_equal(dist.local_rows(batch)["x"], x)
+    np.testing.assert_array_equal(dist.gather_rows(x), x)
+
+
+def test_agreement_of_one_process() -> None:
+    assert dist.on_main(lambda: (1, 2)) == (1, 2)
+    assert dist.any_process(True) and not dist.any_process(False)
+    dist.barrier("alone", timeout_s=0.1)

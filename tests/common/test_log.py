@@ -2,11 +2,11 @@
 
 import logging
 
-import jax
 import pytest
 from absl import logging as absl_logging
 
-from common import log
+from common import log, processes
+from common.startup import Start
 
 
 def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,7 +27,7 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_processes_are_silent(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(processes, "_started", Start("explicit", 2, 1, "host:1"))
     log.info("nothing")
     log.warning("nothing")
     assert capsys.readouterr() == ("", "")
