@@ -9,7 +9,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,48 @@ import numpy as np
 
 from qstar.backend import Output, Progress, Request
 from qstar.slots import Columns, Decoding, Slots, advance, empty_slots, fill_slots, read_slots
-from qstar.torch_rows import TorchRows
+from qstar.torch_rows import TorchRows, load_torch_model
+
+if TYPE_CHECKING:
+    from qstar.system import System
 
 BURST = 32  # tokens between two looks of the scheduler
+DEFAULT_SLOTS = 8
 
 
 def share_gpu() -> None:
     """Keeps JAX from reserving the GPU's memory, which PyTorch needs; before JAX touches it."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def open_transformers(
+    system: "System", slots: int | None, prompt_tokens: int
+) -> "TransformersBackend":
+    """Loads the models, once where both are the same.
+
+    Args:
+        system: The pair.
+        slots: S; None = 8.
+        prompt_tokens: Longest prompt that will come; caches grow as they are filled.
+
+    Raises:
+        UserError: A model cannot be loaded.
+    """
+    del prompt_tokens
+    share_gpu()
+    sources = [system.sources[role] for role in system.roles]
+    if system.shared:
+        sources = sources[:1]
+    models = [load_torch_model(source.path, system.dtype()) for source in sources]
+    run = system.config.run
+    return TransformersBackend(
+        models,
+        system.decoding,
+        system.columns(),
+        slots or DEFAULT_SLOTS,
+        system.config.seed,
+        run.burst,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("decoding",), donate_argnames=("state",))
