@@ -39,6 +39,7 @@ def define_flags(
     default_config: str,
     modes: Sequence[str],
     flag_values: absl_flags.FlagValues = FLAGS,
+    mode_flag: str = "mode",
 ) -> None:
     """Defines the flags that all mains share; a main may define more of its own with absl.
 
@@ -48,12 +49,13 @@ def define_flags(
         default_config: `path[:variant]` used when `--config` is not given.
         modes: allowed values of `--mode`; the first is the default.
         flag_values: where to define them, for tests.
+        mode_flag: another name for `--mode`.
     """
     define: dict[str, Any] = {"flag_values": flag_values}
     absl_flags.DEFINE_string(
         "default_config", default_config, "config used where --config is not given", **define
     )
-    absl_flags.DEFINE_enum("mode", modes[0], list(modes), "what to do", **define)
+    absl_flags.DEFINE_enum(mode_flag, modes[0], list(modes), "what to do", **define)
     absl_flags.DEFINE_string(
         "workdir", "", "run directory, used as it is; the same one resumes", **define
     )
