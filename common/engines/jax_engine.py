@@ -1,6 +1,5 @@
 """The JAX engine: a decoder on the device, steered by an argument instead of a hook."""
 
-import collections
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -9,16 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.engines.base import (
-    NO_TOOL,
-    Decoding,
-    OnRollout,
-    Rollout,
-    StreamSettings,
-    Toolbox,
-)
+from common.engines.base import Decoding, OnRollout, Rollout, StreamSettings, Toolbox
 from common.engines.delimiter import Automaton, build_automaton
 from common.engines.jax_stream import CHUNK, JaxStream
+from common.engines.schedule import sample_through
 from common.errors import require
 from common.lm.cache import bytes_per_token
 from common.lm.config import DecoderConfig
@@ -85,53 +78,12 @@ class JaxEngine:
         """
         check_prompts(prompts, self.model.cfg)
         require(max_new_tokens > 0, f"max_new_tokens is {max_new_tokens}: at least 1 is needed")
-        waiting = collections.deque(
-            (i, j) for i, row_ids in enumerate(rows) for j in range(len(row_ids))
-        )
-        parts: list[list[Rollout]] = [[Rollout([], [], "length") for _ in ids] for ids in rows]
-        if not waiting:
-            return parts
+        count = sum(len(row_ids) for row_ids in rows)
+        if not count:
+            return [[] for _ in rows]
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
-        stream = self._plain_stream(len(waiting), needed, decoding)
-        slots = stream.settings.slots
-        owners: list[tuple[int, int] | None] = [None] * slots
-        none, strengths = np.full(slots, NO_TOOL), np.zeros(slots, np.float32)
-        while waiting or any(owners):
-            free = [slot for slot in range(slots) if owners[slot] is None][: len(waiting)]
-            started = [waiting.popleft() for _ in free]
-            for slot, item in zip(free, started, strict=True):
-                owners[slot] = item
-            if free:
-                stream.refill(
-                    free, [prompts[i] for i, _ in started], [rows[i][j] for i, j in started]
-                )
-            budgets = np.zeros(slots, np.int32)
-            for slot, owner in enumerate(owners):
-                if owner is not None:
-                    done = parts[owner[0]][owner[1]]
-                    budgets[slot] = max_new_tokens - len(done.token_ids)
-            # While work waits, a quarter of idle slots is reason enough to refill.
-            running = int((budgets > 0).sum())
-            quorum = max(1, -(-3 * running // 4)) if waiting else 1
-            pieces = stream.advance(
-                none, strengths, budgets, np.zeros(slots, bool), quorum, max_chunks=1
-            )
-            for slot, piece in enumerate(pieces):
-                owner = owners[slot]
-                if piece is None or owner is None:
-                    continue
-                i, j = owner
-                before = parts[i][j]
-                parts[i][j] = Rollout(
-                    before.token_ids + piece.token_ids,
-                    before.log_probs + piece.log_probs,
-                    piece.finish,
-                )
-                if piece.finish == "eos" or len(parts[i][j].token_ids) == max_new_tokens:
-                    owners[slot] = None
-                    if on_rollout is not None:
-                        on_rollout(i, j, parts[i][j])
-        return parts
+        stream = self._plain_stream(count, needed, decoding)
+        return sample_through(stream, prompts, rows, max_new_tokens, on_rollout)
 
     def states_at(
         self,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.engines.base import NO_TOOL, Finish, Probe, Rollout, StreamSettings, Toolbox, Work
+from common.engines.checks import check_budgets
 from common.engines.delimiter import Automaton
 from common.engines.jax_decode import (
     DELIMITER,
@@ -22,7 +23,7 @@ from common.engines.jax_decode import (
     decode_chunk,
     probe_branches,
 )
-from common.engines.jax_slots import Slots, check_budgets
+from common.engines.jax_slots import Slots
 from common.lm.weights import Model
 
 CHUNK = 32
