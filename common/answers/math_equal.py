@@ -106,18 +106,17 @@ def _mixed(a: Value, b: Value, algebra: Algebra) -> Match:
 
 
 def assignment(value: Value) -> Value | None:
-    """The right side of `v = ...` where v is one variable or f(x); None for other relations."""
-    if value.text != "=" or len(value.parts) != 2:
-        return None
+    """The last side of `v = ...` where v is one variable, f(x) or a number; None otherwise."""
     left = value.parts[0].node
-    if left is None:
+    if left is None or set(value.text.split()) != {"="}:
         return None
     named = left.op == "var"
     applied = left.op == "mul" and all(part.op == "var" for part in left.args)
     # "f(x)" reads as a product of two variables; a real product "xy = 5" is an equation.
-    if not named and not (applied and left.args[0].value in ("f", "g", "h", "p", "q", "P")):
-        return None
-    return value.parts[1]
+    if applied and left.args[0].value in ("f", "g", "h", "p", "q", "P"):
+        named = True
+    # "2 + 2 = 4" states a value, "x^2 = 4" does not.
+    return value.parts[-1] if named or not variables(left) else None
 
 
 def _interval(value: Value) -> Value | None:

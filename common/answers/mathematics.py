@@ -4,12 +4,15 @@ robust decides nearly every pair by text, exact rationals or agreement at severa
 algebra has the last word on the few others, in an isolated process with a time limit.
 """
 
+from common.answers import symbolic
 from common.answers.gsm8k import MODES, VERIFIERS
 from common.answers.math_equal import Match, equal
 from common.answers.math_text import math_answer
 from common.answers.math_values import readings
-from common.answers.paper_math import PAPER_GRADER, check_parser, paper_score
+from common.answers.paper_parsers import check_parser
 from common.errors import UserError
+
+_PAPER_GRADER = "common.answers.paper_math:paper_score"
 
 
 class UndecidedError(ArithmeticError):
@@ -35,7 +38,7 @@ def grade_math(
         gold: the reference: an answer, or a solution with its box; None (missing) scores 0.
         mode: "strict" or "shaped".
         verifier: "robust" or "paper".
-        parser: of the paper verifier (`common.answers.paper_math.PARSERS`).
+        parser: of the paper verifier (`common.answers.paper_parsers.PARSERS`).
         isolated: this process is a grading worker that may be killed, so computer algebra runs
             here; otherwise it runs in a worker of its own, started when the first pair needs it.
 
@@ -78,23 +81,23 @@ def equal_answers(first: str, second: str, isolated: bool = False) -> tuple[Matc
     match = equal(left, right)
     if match is not Match.UNKNOWN:
         return match, None
-    # Not at the top: loading the pool costs more than grading a hundred ordinary pairs.
-    from common.answers import symbolic
-
     if not isolated:
         return symbolic.decide(first, second)
-    match = equal(left, right, symbolic.sympy_algebra)
+    # SymPy belongs in workers only.
+    from common.answers.algebra import sympy_algebra
+
+    match = equal(left, right, sympy_algebra)
     return match, "undecided" if match is Match.UNKNOWN else None
 
 
 def _grade_paper(prediction: str, gold: str, mode: str, parser: str, isolated: bool) -> float:
     check_parser(parser)
     if isolated:
-        return paper_score(prediction, gold, mode, parser)
-    from common.answers import symbolic
+        from common.answers.paper_math import paper_score
 
+        return paper_score(prediction, gold, mode, parser)
     options = {"mode": mode, "parser": parser}
-    score, reason = symbolic.isolated_score(PAPER_GRADER, prediction, gold, options)
+    score, reason = symbolic.isolated_score(_PAPER_GRADER, prediction, gold, options)
     if reason is not None:
         symbolic.report(reason, prediction, gold)
     return score

@@ -1,110 +1,26 @@
-r"""The MATH verifier as published, kept for parity with old numbers.
+r"""The MATH verifier as published, kept for parity with old numbers. For grading workers only.
 
 Its arithmetic is the original's; its way to it is not: where the original evaluated model text as
 a Python expression, `common.answers.sympy_reader` walks the syntax tree. SymPy can still run for
-ever, so `paper_score` belongs in a grading worker.
+ever.
 """
 
 import functools
-import importlib.metadata
-import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any
 
-from common.errors import UserError
+import sympy
 
-PAPER_GRADER = "common.answers.paper_math:paper_score"
-PARSERS = ("sympy", "latex2sympy2", "sympy_latex", "extended", "auto")
-_ALIASES = {"latex": "sympy_latex", "deepseek": "auto"}
-_AUTO_ORDER = ("latex2sympy2", "sympy_latex", "sympy")
-_ANTLR = "antlr4-python3-runtime"
-_ESCAPED_BOX = re.compile(r"\\\\boxed\{([^}]*)\}")
+from common.answers.paper_parsers import AUTO_ORDER, missing_reason, parser_name
+from common.answers.paper_text import plain_answer
+from common.answers.sympy_reader import read_sympy
+
 _TOLERANCE = 1e-4
 
 
-def parser_name(parser: str) -> str:
-    """The canonical name of a parser.
-
-    Raises:
-        UserError: the parser is unknown.
-    """
-    name = _ALIASES.get(parser, parser)
-    if name not in PARSERS:
-        known = ", ".join((*PARSERS, *_ALIASES))
-        raise UserError(f"unknown MATH parser {parser!r}; set eval.math_parser to one of {known}")
-    return name
-
-
-@functools.cache
-def missing_parsers(parser: str) -> tuple[str, ...]:
-    """Why parts of a parser cannot be used here, one line each.
-
-    Args:
-        parser: a name of `PARSERS` or an alias; "auto" has three parts.
-
-    Returns:
-        Nothing if all of it is there.
-
-    Raises:
-        UserError: the parser is unknown.
-    """
-    name = parser_name(parser)
-    names = _AUTO_ORDER if name == "auto" else (name,)
-    return tuple(reason for reason in map(_missing, names) if reason)
-
-
-def check_parser(parser: str) -> None:
-    """Makes sure that a parser can be used.
-
-    Raises:
-        UserError: it is unknown or not installed; for "auto", if none of its parts is.
-    """
-    reasons = missing_parsers(parser)
-    if reasons and len(reasons) == (len(_AUTO_ORDER) if parser_name(parser) == "auto" else 1):
-        raise UserError("; ".join(reasons))
-
-
-def _missing(name: str) -> str:
-    if importlib.util.find_spec("sympy") is None:
-        return f"MATH parser {name} needs the package sympy: pip install sympy"
-    antlr = _version(_ANTLR)
-    if name == "latex2sympy2":
-        if importlib.util.find_spec("latex2sympy2") is None:
-            return (
-                "MATH parser latex2sympy2 is not installed: pip install latex2sympy2==1.9.1 in an "
-                f"environment of its own (it needs {_ANTLR}==4.7.2), or use the parser extended"
-            )
-        if antlr is None or antlr > (4, 9):
-            return f"MATH parser latex2sympy2 does not load beside {_ANTLR} > 4.9: install 4.7.2"
-    if name == "sympy_latex" and (antlr is None or antlr[:2] != (4, 11)):
-        return f"MATH parser sympy_latex needs {_ANTLR} 4.11: pip install {_ANTLR}==4.11.0"
-    if name == "extended" and importlib.util.find_spec("latex2sympy2_extended") is None:
-        return "MATH parser extended is not installed: pip install latex2sympy2-extended"
-    return ""
-
-
-def _version(package: str) -> tuple[int, ...] | None:
-    try:
-        version = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
-def paper_answer(text: str) -> str:
-    r"""Finds the answer of a text as published (paper verifier, MATH extraction).
-
-    A box counts if it is written with two backslashes, or if the text ends in its brace; otherwise
-    all of the text is the answer.
-    """
-    text = text.strip()
-    box = _ESCAPED_BOX.search(text)
-    if box is not None:
-        text = box.group(1)
-    elif text.endswith("}") and "\\boxed" in text:
-        text = text.rpartition("\\boxed")[2].strip("{}")
-    return text
+def prepare() -> None:
+    """Makes the first real pair as fast as later ones."""
+    paper_score("x+1", "1+x", "strict", "sympy")
 
 
 def paper_score(prediction: str, gold: str, mode: str, parser: str) -> float:
@@ -120,13 +36,10 @@ def paper_score(prediction: str, gold: str, mode: str, parser: str) -> float:
         1e-4; else strict: equality of the texts; shaped: 0.1 where one contains the other, 0.05 for
         any prediction.
     """
-    answer, truth = _plain(paper_answer(prediction)), _plain(paper_answer(gold))
-    read = _reader(parser_name(parser))
-    left, right = _parsed(read, answer), _parsed(read, truth)
-    if left is not None and right is not None:
-        agreed = _difference_is_zero(left, right)
-        if agreed is not None:
-            return float(agreed)
+    answer, truth = plain_answer(prediction), plain_answer(gold)
+    agreed = _agreement(parser_name(parser), answer, truth)
+    if agreed is not None:
+        return float(agreed)
     first, second = _float(answer), _float(truth)
     if first is not None and second is not None:
         return float(abs(first - second) < _TOLERANCE)
@@ -137,13 +50,17 @@ def paper_score(prediction: str, gold: str, mode: str, parser: str) -> float:
     return 0.05 if answer else 0.0
 
 
-def _plain(text: str) -> str:
-    return text.replace("$", "").replace("\\\\", "\\").strip()
+@functools.lru_cache(maxsize=1024)
+def _agreement(parser: str, answer: str, truth: str) -> bool | None:
+    """Whether the difference of two answers is zero; None where one of them does not parse."""
+    read = _reader(parser)
+    left, right = _parsed(read, answer), _parsed(read, truth)
+    if left is None or right is None:
+        return None
+    return _difference_is_zero(left, right)
 
 
 def _difference_is_zero(left: Any, right: Any) -> bool | None:
-    import sympy
-
     try:
         return bool(sympy.simplify(left - right) == 0)
     except Exception:  # tuples, booleans and relations have no difference
@@ -151,8 +68,6 @@ def _difference_is_zero(left: Any, right: Any) -> bool | None:
 
 
 def _parsed(read: Callable[[str], Any], text: str) -> Any:
-    import sympy
-
     try:
         return sympy.simplify(read(text))
     except Exception:  # each parser raises what its generated code raises
@@ -168,8 +83,6 @@ def _float(text: str) -> float | None:
 
 def _reader(name: str) -> Callable[[str], Any]:
     if name == "sympy":
-        from common.answers.sympy_reader import read_sympy
-
         return read_sympy
     if name == "latex2sympy2":
         from latex2sympy2 import latex2sympy
@@ -183,7 +96,7 @@ def _reader(name: str) -> Callable[[str], Any]:
         from latex2sympy2_extended import latex2sympy as extended
 
         return extended
-    readers = [_reader(part) for part in _AUTO_ORDER if not _missing(part)]
+    readers = [_reader(part) for part in AUTO_ORDER if not missing_reason(part)]
     return functools.partial(_first_success, readers)
 
 

@@ -62,10 +62,15 @@ def _grade(function: Callable[..., Any], item: list[Any]) -> dict[str, float | N
 
 
 def _load(grader: str) -> Callable[..., Any]:
-    module, _, name = grader.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    module_name, _, name = grader.partition(":")
+    module = importlib.import_module(module_name)
+    function = getattr(module, name)
     if not callable(function):
         raise TypeError(f"{grader} is not a function")
+    # Slow imports and first calls belong to the start, not to the time of the first item.
+    prepare = getattr(module, "prepare", None)
+    if prepare is not None:
+        prepare()
     return function
 
 
