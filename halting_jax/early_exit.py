@@ -1,97 +1,77 @@
-"""Batched inference in which rows that have halted stop costing.
+"""Batched inference in which rows that have halted stop costing, as one compiled program.
 
-The rows still running are gathered into buckets of halving size; so the work of a batch is close
-to the sum of its rows' steps instead of the number of rows times the slowest row's steps.
+The rows still running are gathered into smaller and smaller buckets, so a batch costs about the sum
+of its rows' steps instead of the number of rows times the slowest row's steps. The sizes follow
+from the number of rows alone, and nothing is decided on the host:
+
+    B, 3/4 B, 1/2 B, 3/8 B, 1/4 B, and then halves, down to MIN_BUCKET
+
+Close sizes come first, where a row too many costs most; every size is one copy of the model's step
+in the program. A batch of at most MIN_BUCKET rows is not divided.
 """
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from halting_jax.types import Batch, Model, Outputs, Params
 
 MIN_BUCKET = 8  # smaller batches cost as much as this one
 
 
-class EarlyExit:
-    """Compiled pieces of a model's inference; call it like `model.apply`."""
-
-    def __init__(self, model: Model, stride: int = 1) -> None:
-        """Compiles nothing yet.
-
-        Args:
-          model: one with `start`, `advance`, `running` and `finish`.
-          stride: inner steps between two looks at who still runs.
-        """
-        assert model.start and model.advance and model.running and model.finish
-        running = model.running
-        self._start = jax.jit(model.start)
-        self._finish = jax.jit(model.finish)
-        advance = model.advance
-        self._stride = stride
-
-        def advanced(params: Params, carry: Any) -> tuple[Any, jax.Array]:
-            carry = advance(params, carry, stride)
-            return carry, running(carry)
-
-        self._advance = jax.jit(advanced)
-        self._running = jax.jit(running)
-        self._take = jax.jit(lambda carry, rows: jax.tree.map(lambda x: x[rows], carry))
-        # Rows beyond the end fill a bucket up; writing them back is dropped.
-        self._put = jax.jit(
-            lambda carry, part, rows: jax.tree.map(
-                lambda x, y: x.at[rows].set(y, mode="drop"), carry, part
-            ),
-            donate_argnums=0,
-        )
-        # Row-steps computed by the last call, fillings included; for measuring.
-        self.row_steps = 0
-
-    def __call__(self, params: Params, batch: Batch) -> Outputs:
-        """Run every row until it halts.
-
-        Args:
-          params: weights.
-          batch: B rows.
-
-        Returns:
-          what `model.apply` returns, apart from `ponder.executed`: here the row-steps computed
-          divided by B, rounded up.
-        """
-        carry = self._start(params, batch)
-        alive = np.asarray(self._running(carry))
-        total = len(alive)
-        self.row_steps = 0
-        members = np.arange(total)  # rows of `part`, as rows of the batch
-        part = carry
-        while alive.any():
-            bucket = bucket_size(int(alive.sum()), total)
-            if bucket < len(members):
-                if part is not carry:
-                    carry = self._put(carry, part, jnp.asarray(members))
-                kept = members[alive]
-                members = np.full(bucket, total)
-                members[: len(kept)] = kept
-                # Out-of-range gathers clamp: fillings repeat the last row, which has no effect.
-                part = self._take(carry, jnp.asarray(np.minimum(members, total - 1)))
-            part, running = self._advance(params, part)
-            self.row_steps += len(members) * self._stride
-            alive = np.asarray(running) & (members < total)
-        if part is not carry:
-            carry = self._put(carry, part, jnp.asarray(members))
-        outputs = self._finish(params, carry)
-        executed = jnp.int32(math.ceil(self.row_steps / max(total, 1)))
-        return outputs.replace(  # type: ignore[attr-defined]
-            ponder=outputs.ponder.replace(executed=executed)
-        )
+def bucket_sizes(rows: int) -> tuple[int, ...]:
+    """Sizes of the buckets of a batch of so many rows, falling, the batch itself first."""
+    sizes = [rows]
+    eighths = [6, 4, 3, 2]
+    for size in [-(-rows * n // 8) for n in eighths] + [-(-rows // 2**k) for k in range(3, 31)]:
+        size = max(size, MIN_BUCKET)
+        if size < sizes[-1]:
+            sizes.append(size)
+    return tuple(sizes)
 
 
-def bucket_size(count: int, total: int) -> int:
-    """The smallest of total, total / 2, total / 4, ... (not below MIN_BUCKET) that holds count."""
-    size = total
-    while size > MIN_BUCKET and -(-size // 2) >= count:
-        size = -(-size // 2)
-    return size
+def with_early_exit(model: Model) -> Callable[[Params, Batch], tuple[Outputs, jax.Array]]:
+    """Makes the inference of a model whose halted rows leave the batch.
+
+    Args:
+      model: one with `start`, `advance`, `running` and `finish`.
+
+    Returns:
+      (params, batch of B rows) -> what `model.apply` returns, apart from `ponder.executed`, which
+      is the row-steps computed divided by B, rounded up; and these row-steps, int32 [], rows that
+      fill a bucket up included. To be compiled by the caller; it has no gradient.
+    """
+    assert model.start and model.advance and model.running and model.finish
+    start, advance, running, finish = model.start, model.advance, model.running, model.finish
+
+    def apply(params: Params, batch: Batch) -> tuple[Outputs, jax.Array]:
+        def down(rows: Any, row_steps: jax.Array, sizes: tuple[int, ...]) -> tuple[Any, jax.Array]:
+            size, *smaller = sizes
+            most = smaller[0] if smaller else 0
+
+            def go_on(loop: tuple[Any, jax.Array]) -> jax.Array:
+                return jnp.sum(running(loop[0])) > most
+
+            def step(loop: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+                return advance(params, loop[0], 1), loop[1] + size
+
+            rows, row_steps = jax.lax.while_loop(go_on, step, (rows, row_steps))
+            if not smaller:
+                return rows, row_steps
+            # Running rows first, in their order; halted ones fill up and stay as they are.
+            chosen = jnp.argsort(~running(rows), stable=True)[:most]
+            part = jax.tree.map(lambda x: x[chosen], rows)
+            part, row_steps = down(part, row_steps, tuple(smaller))
+            rows = jax.tree.map(lambda x, y: x.at[chosen].set(y, unique_indices=True), rows, part)
+            return rows, row_steps
+
+        rows = start(params, batch)
+        size = batch.inputs.shape[0]
+        rows, row_steps = down(rows, jnp.int32(0), bucket_sizes(size))
+        outputs = finish(params, rows)
+        ponder = outputs.ponder.replace(executed=-(-row_steps // size))  # type: ignore[attr-defined]
+        return outputs.replace(ponder=ponder), row_steps  # type: ignore[attr-defined]
+
+    return apply

@@ -1,6 +1,7 @@
 """Evaluation of a whole set by sums, with rows that have halted leaving the batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from common import dist
 from common.spmd import ROWS, WHOLE, spmd, sum_over_devices
-from halting_jax.early_exit import EarlyExit
+from halting_jax.early_exit import with_early_exit
 from halting_jax.losses import rows_with_targets
 from halting_jax.objective import classification, ponder_ratio
 from halting_jax.ponder_sums import PonderSums, ponder_report, ponder_sums
@@ -84,8 +85,8 @@ class Evaluator:
           tau: weight of the ponder cost, for the reported loss.
           ponder_reduce: see `objective.ponder_ratio`.
           fixed_steps: > 0 runs that many inner steps without halting.
-          early_exit: rows that have halted leave the batch, where the model can go on with a part
-            of its rows (one device); else every row waits for the last.
+          early_exit: rows that have halted leave the batch of their device, where the model can
+            go on with a part of its rows; else every row waits for the last.
           path_metrics: metrics too dear for the training step.
           finalize: turns summed metrics into values; default: total / count of each.
           mode: see `common.spmd`.
@@ -101,12 +102,15 @@ class Evaluator:
         self._path_metrics = path_metrics
         self._finalize = finalize or _values
         self._mode = mode
-        self._early_exit = (
-            EarlyExit(model)
-            if early_exit and not fixed_steps and devices == 1 and model.start
-            else None
-        )
+        self._apply = self._inference(early_exit)
         self._compiled: dict[str, Callable[..., Any]] = {}
+
+    def _inference(self, early_exit: bool) -> Callable[[Params, Batch], Outputs]:
+        model = self._model
+        if early_exit and not self._fixed_steps and model.start:
+            leaving = with_early_exit(model)
+            return lambda params, batch: leaving(params, batch)[0]
+        return functools.partial(model.apply, fixed_steps=self._fixed_steps)
 
     def run(
         self,
@@ -169,32 +173,17 @@ class Evaluator:
     def _call(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
         """The compiled evaluation of a batch of this set; sets differ in their static widths."""
         if examples.name not in self._compiled:
-            make = self._with_early_exit if self._early_exit else self._in_one_call
-            self._compiled[examples.name] = make(examples)
+            self._compiled[examples.name] = self._compile(examples)
         return self._compiled[examples.name]
 
-    def _in_one_call(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
+    def _compile(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
         def evaluate(params: Params, rows: jax.Array) -> Any:
             batch = examples.batch(rows)
-            outputs = self._model.apply(params, batch, fixed_steps=self._fixed_steps)
+            outputs = self._apply(params, batch)
             sums, results = self._measure(outputs, batch, rows < examples.size)
             return sum_over_devices(sums), results
 
         return spmd(evaluate, self._mesh, (WHOLE, ROWS), (WHOLE, ROWS), mode=self._mode)
-
-    def _with_early_exit(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
-        assert self._early_exit is not None
-        early_exit = self._early_exit
-        draw = jax.jit(examples.batch)
-        measure = jax.jit(
-            lambda outputs, batch, rows: self._measure(outputs, batch, rows < examples.size)
-        )
-
-        def evaluate(params: Params, rows: np.ndarray) -> Any:
-            batch = draw(rows)
-            return measure(early_exit(params, batch), batch, rows)
-
-        return evaluate
 
     def _measure(
         self, outputs: Outputs, batch: Batch, counted: jax.Array

@@ -13,7 +13,7 @@ from halting_jax.act_decode import BOS, EOS, PAD, make_decode
 from halting_jax.act_rnn import ActRnnSettings, make_act_rnn
 from halting_jax.act_torch_names import export_act_rnn, import_act_rnn
 from halting_jax.cells import input_product
-from halting_jax.early_exit import EarlyExit
+from halting_jax.early_exit import with_early_exit
 from halting_jax.types import Batch, Model, Outputs, TaskShape
 
 ROWS, HIDDEN, LIMIT = 5, 6, 5
@@ -146,11 +146,11 @@ def test_a_row_does_not_depend_on_the_others(form: str) -> None:
 def test_rows_that_leave_early_change_nothing(form: str) -> None:
     model, params = made(form)
     batch = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 4), batch_of(form))
-    early = EarlyExit(model)
-    outputs, wanted = early(params, batch), jax.jit(model.apply)(params, batch)
+    outputs, row_steps = jax.jit(with_early_exit(model))(params, batch)
+    wanted = jax.jit(model.apply)(params, batch)
     assert_close(steps_alone(outputs), steps_alone(wanted))
     slowest = int(wanted.ponder.steps.sum(axis=1).max())
-    assert early.row_steps < 4 * ROWS * slowest
+    assert row_steps < 4 * ROWS * slowest
 
 
 @pytest.mark.parametrize("form", ["vector", "answer", "seq2seq"])

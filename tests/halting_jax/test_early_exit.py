@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halting_jax.early_exit import MIN_BUCKET, EarlyExit, bucket_size
+from halting_jax.early_exit import MIN_BUCKET, bucket_sizes, with_early_exit
 from halting_jax.types import Batch, Model, Outputs, Ponder
 
 LIMIT = 40
@@ -62,23 +62,40 @@ def _counting_model() -> Model:
     )
 
 
-@pytest.mark.parametrize("rows, stride", [(1, 1), (7, 1), (64, 1), (50, 3)])
-def test_same_results_at_the_cost_of_the_mean(rows: int, stride: int) -> None:
+@pytest.mark.parametrize("rows", [1, 7, 50, 64])
+def test_same_results_at_the_cost_of_the_mean(rows: int) -> None:
     need = np.random.default_rng(rows).geometric(0.25, rows).clip(1, LIMIT)
     model, batch = _counting_model(), _batch(need)
-    early = EarlyExit(model, stride)
-    found, expected = early(jnp.float32(2.0), batch), model.apply(jnp.float32(2.0), batch)
+    found, row_steps = jax.jit(with_early_exit(model))(jnp.float32(2.0), batch)
+    expected = model.apply(jnp.float32(2.0), batch)
     np.testing.assert_array_equal(found.logits, expected.logits)
     np.testing.assert_array_equal(found.ponder.steps[:, 0], need)
-    assert early.row_steps < rows * (need.max() + stride) or rows <= MIN_BUCKET
+    assert int(found.ponder.executed) == -(-int(row_steps) // rows)
+    # Exactly the smallest bucket that holds what runs, at every step.
+    sizes = bucket_sizes(rows)
+    alive = [int((need > step).sum()) for step in range(need.max())]
+    assert int(row_steps) == sum(min(s for s in sizes if s >= count) for count in alive)
     if rows == 64:
-        # Halving buckets are at most twice as large as what runs.
-        assert early.row_steps <= 2 * need.sum() + MIN_BUCKET * need.max()
-        assert early.row_steps < 0.75 * rows * need.max()
+        assert row_steps <= 1.5 * need.sum() + MIN_BUCKET * need.max()
+        assert row_steps < 0.75 * rows * need.max()
 
 
-def test_buckets_halve_and_hold_what_runs() -> None:
-    for total in (8, 50, 64, 127):
-        sizes = {bucket_size(count, total) for count in range(1, total + 1)}
-        assert all(bucket_size(c, total) >= c for c in range(1, total + 1))
-        assert len(sizes) <= 1 + int(np.log2(max(total // MIN_BUCKET, 1))) + 1
+def test_a_row_that_never_starts_and_a_batch_that_stops_at_once() -> None:
+    need = np.zeros(20, int)
+    model = _counting_model()
+    run = jax.jit(with_early_exit(model))
+    found, row_steps = run(jnp.float32(2.0), _batch(need))
+    assert row_steps == 0 and not np.any(found.logits)
+    need[13] = LIMIT
+    found, row_steps = run(jnp.float32(2.0), _batch(need))
+    np.testing.assert_array_equal(found.ponder.steps[:, 0], need)
+    assert row_steps == MIN_BUCKET * LIMIT
+
+
+def test_buckets_fall_from_the_batch_to_the_smallest() -> None:
+    assert bucket_sizes(64) == (64, 48, 32, 24, 16, 8)
+    assert bucket_sizes(8) == (8,) and bucket_sizes(3) == (3,)
+    for rows in range(1, 300):
+        sizes = bucket_sizes(rows)
+        assert sizes[0] == rows and sizes[-1] == min(rows, MIN_BUCKET)
+        assert all(b < a <= 2 * b for a, b in zip(sizes, sizes[1:], strict=False))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from halting_jax.early_exit import EarlyExit
+from halting_jax.early_exit import with_early_exit
 from halting_jax.types import Batch, Model, Outputs, TaskShape
 from halting_jax.universal_transformer import (
     UtSettings,
@@ -162,7 +162,8 @@ def test_while_and_pieces_equal_the_scan() -> None:
     wanted = jax.jit(model.apply)(params, batch)
     assert len(set(np.asarray(wanted.ponder.steps)[np.asarray(batch.input_mask)].tolist())) > 1
     stopping, _ = model_of("grid", execution="while")
-    for outputs in (jax.jit(stopping.apply)(params, batch), EarlyExit(model)(params, batch)):
+    leaving = jax.jit(with_early_exit(model))(params, batch)[0]
+    for outputs in (jax.jit(stopping.apply)(params, batch), leaving):
         np.testing.assert_allclose(outputs.logits, wanted.logits, atol=1e-6)
         np.testing.assert_array_equal(outputs.ponder.steps, wanted.ponder.steps)
         np.testing.assert_allclose(outputs.ponder.cost, wanted.ponder.cost, atol=1e-6)
