@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -19,7 +20,9 @@ from typing import Any, NoReturn
 from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
+from common import startup
 from common.errors import Interrupted, UserError
+from common.processes import this
 from common.rundir import atomic_write_json
 
 FLAGS = absl_flags.FLAGS
@@ -66,6 +69,15 @@ def define_flags(
     )
     absl_flags.DEFINE_string("run_dir", "", "an existing run directory to read", **define)
     absl_flags.DEFINE_string("sample", "", "sample file to show", **define)
+    absl_flags.DEFINE_string(
+        "coordinator", "", "several processes: HOST:PORT of the main one", **define
+    )
+    absl_flags.DEFINE_integer(
+        "num_processes", None, "several processes: how many", lower_bound=1, **define
+    )
+    absl_flags.DEFINE_integer(
+        "process_id", None, "several processes: which this is, from 0", lower_bound=0, **define
+    )
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -77,8 +89,13 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     Args:
         main: reads its flags from `FLAGS`.
     """
+    guard(lambda: main(parse(sys.argv)))
+
+
+def guard(work: Callable[[], int | None]) -> NoReturn:
+    """Does the work of a command and exits; see `run` for the status and the one line."""
     try:
-        status = main(parse(sys.argv)) or 0
+        status = work() or 0
     except UserError as error:
         status = _complain(f"error: {one_line(str(error))}", EXIT_USER_ERROR)
     except (Interrupted, KeyboardInterrupt) as error:
@@ -134,7 +151,20 @@ def parse(argv: Sequence[str], flag_values: absl_flags.FlagValues = FLAGS) -> li
     flag: Any = flag_values["config"]
     flag._config_filename = spec  # so that config_flags.get_config_filename works as usual
     _check_tuples(config_flags.get_override_values(flag), defaults)
+    _announce_group(flag_values)
     return rest
+
+
+def _announce_group(flag_values: absl_flags.FlagValues) -> None:
+    """Flags that name the group of processes win over the variables of the same meaning."""
+    for name, variable in (
+        ("coordinator", startup.COORDINATOR),
+        ("num_processes", startup.NUM_PROCESSES),
+        ("process_id", startup.PROCESS_ID),
+    ):
+        value = flag_values[name].value
+        if value not in ("", None):
+            os.environ[variable] = str(value)
 
 
 def load_config(spec: str) -> config_dict.ConfigDict:
@@ -359,5 +389,8 @@ def _short(path: Path) -> str:
 
 def _complain(message: str, status: int) -> int:
     sys.stdout.flush()
+    start = this()
+    if start.num_processes > 1:
+        message += f" [process {start.process_id} of {start.num_processes}]"
     print(message, file=sys.stderr, flush=True)
     return status

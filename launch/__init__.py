@@ -1,0 +1,1 @@
+"""Starting the mains on many devices, many hosts, and many settings."""
