@@ -62,6 +62,7 @@ class HfEngine:
         self.model: Any = model.to(device).eval()
         self.num_layers = len(decoder_blocks(self.model))
         self.hidden_size = int(self.model.config.hidden_size)
+        self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self.max_positions = int(self.model.config.max_position_embeddings)
         self._token_bytes = token_bytes
         self._sample_slots = sample_slots
@@ -153,8 +154,7 @@ class HfEngine:
             UserError: Settings or tools do not fit the model.
         """
         if settings.delimiter not in self._automata:
-            vocab = int(self.model.get_output_embeddings().weight.shape[0])
             self._automata[settings.delimiter] = build_automaton(
-                self._token_bytes, settings.delimiter, vocab
+                self._token_bytes, settings.delimiter, self.vocab_size
             )
         return HfStream(self, settings, tools, self._automata[settings.delimiter])

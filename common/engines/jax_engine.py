@@ -57,6 +57,7 @@ class JaxEngine:
         self.model = model
         self.num_layers = model.cfg.num_layers
         self.hidden_size = model.cfg.hidden_size
+        self.vocab_size = model.cfg.vocab_size
         self._token_bytes = token_bytes
         self._mesh = mesh
         self._sample_slots = sample_slots
