@@ -42,13 +42,15 @@ def get_config(variant: str = "") -> ConfigDict:
     else:
         c.task.sequence_length = 3
         c.task.max_digits = 2
-        c.model.hidden_size = 64
+        # Half as wide, two seeds of three stay at 86 % of the two-digit sums after 40000 steps.
+        c.model.hidden_size = 128
         c.act.time_limit = 10
-        c.optim.lr = 3e-3
+        c.data.batch_size = 16
+        c.optim.lr = 2e-3
         c.optim.schedule = "cosine"
         c.optim.warmup_steps = 200
         c.optim.clip_norm = 1.0
-        c.train.max_steps = 40000
+        c.train.max_steps = 80000
         c.train.log_every = 250
         c.eval.every = 4000
     if variant == "tiny":

@@ -90,6 +90,27 @@ def stop_at_step(
     return process.returncode
 
 
+def kill_after(workdir: Path, seconds: float, *args: str, module: str = "reoac_jax.main") -> int:
+    """Start a run, kill it so long after it took its first step, and return its status.
+
+    A run that ends before is let be.
+    """
+
+    def lines() -> int:
+        path = workdir / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    process = start(f"--workdir={workdir}", *args, module=module)
+    limit, before = time.monotonic() + 240, lines()
+    while process.poll() is None and time.monotonic() < limit and lines() <= before:
+        before = min(before, lines())  # lines behind the checkpoint are cut off when it starts
+        time.sleep(0.002)
+    time.sleep(seconds)
+    process.kill()
+    process.communicate(timeout=120)
+    return process.returncode
+
+
 def metrics(workdir: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what is measured."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

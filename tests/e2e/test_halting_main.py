@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from absl import flags as absl_flags
 from common import flags
 from common.errors import Interrupted, UserError
 from halting_jax import main as halting_main
-from tests.e2e.commands import arrays, contents, run, stop_at_step
+from tests.e2e.commands import arrays, contents, kill_after, run, stop_at_step
+from tests.parity.fixtures import fixture_root
 
 MODULE = "halting_jax.main"
 MEASURED = ("time/", "speed/", "memory/", "examples_per_s")
@@ -102,18 +104,19 @@ def test_stopped_run_goes_on_as_if_nothing_had_happened(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parity", "maze_act", "maze_ut", "maze_trm"])
 def test_killed_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    """Killed as soon as a checkpoint is there, and then at random moments between and in saves."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    args = (*_args(kind), "--config.train.save_every_steps=10")
+    args = (*_args(kind), "--config.train.save_every_steps=2", "--config.train.log_every=3")
     if kind == "maze_act":
         args = (*args, "--config.train.save_every_epochs=0")
     done = run(*args, f"--workdir={whole}", module=MODULE)
     assert done.returncode == 0, done.stderr[-2000:]
-    for step in (10, 20):
-        stop_at_step(killed, step, signal.SIGKILL, *args, module=MODULE)
-        if (killed / "DONE").exists():
-            break
+    stop_at_step(killed, 2, signal.SIGKILL, *args, module=MODULE)
+    moments = np.random.default_rng().uniform(0.0, 1.0, 3)
+    for moment in moments:
+        kill_after(killed, float(moment), *args, module=MODULE)
     done = run(*args, f"--workdir={killed}", module=MODULE)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, (moments, done.stderr[-2000:])
     _assert_same_run(killed, whole)
 
 
@@ -210,6 +213,46 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert "\n" not in str(error.value)
     left = [p for p in tmp_path.rglob("*") if p.is_file() and "generated_mazes" not in str(p)]
     assert not [p for p in left if p.name not in (".lock",)]
+
+
+def _without_labels(split: Path) -> None:
+    (split / "all__labels.npy").unlink()
+
+
+def _cut_inputs(split: Path) -> None:
+    path = split / "all__inputs.npy"
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def _describe(split: Path, **changes: int) -> None:
+    path = split / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGED = {
+    "missing file": (_without_labels, "all__labels.npy"),
+    "cut file": (_cut_inputs, "all__inputs.npy"),
+    "other length": (lambda split: _describe(split, seq_len=25), "seq_len"),
+    "other vocabulary": (lambda split: _describe(split, vocab_size=3), "vocab_size"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_data_is_refused_before_anything_is_written(
+    case: str, halting: Main, tmp_path: Path
+) -> None:
+    damage, named = DAMAGED[case]
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(fixture_root() / "halting" / "maze_mini" / "built", data)
+    damage(data / "train")
+    with pytest.raises(UserError) as error:
+        halting(
+            "--config=configs/halting_maze_act.py:tiny",
+            f"--config.data.dir={data}",
+            f"--workdir={workdir}",
+        )
+    assert named in str(error.value) and "\n" not in str(error.value)
+    assert set(contents(workdir)) == set()
 
 
 def test_other_structure_is_refused_with_the_differences(
