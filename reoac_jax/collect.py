@@ -1,6 +1,7 @@
 """Around a rollout, on the host: batches of episodes, their grades, buffer rows, sample files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from reoac_jax.learner_paper import PaperEpisode
 from reoac_jax.models import Models
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Graded, Grader, PendingGrades
+from reoac_jax.trace import episode_trace
 from reoac_jax.types import OPERATORS
 
 
@@ -115,6 +117,7 @@ def write_samples(
     iteration: int,
     episodes: Episodes,
     rewards: np.ndarray,
+    models: Models,
     grader: Grader,
     prompts: PromptSet,
     rows: np.ndarray,
@@ -132,6 +135,7 @@ def write_samples(
     if not dist.is_main():
         return
     texts = grader.texts(part.final_ids)
+    decode = functools.partial(models.tokenizer.decode, skip_special=False)
     for j in range(count):
         last = max(int(part.num_steps[j]) - 1, 0)
         relation = missing
@@ -152,6 +156,7 @@ def write_samples(
                 "feature_vector": part.steps.features[j, last].round(6).tolist(),
                 "relation": relation,
                 "branch_candidates": _branch_candidates(part, j, *branches),
+                "trace": episode_trace(part, j, decode, models.backbone.mask_id),
             },
         )
 

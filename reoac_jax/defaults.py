@@ -130,7 +130,14 @@ def get_default_config() -> ConfigDict:
     c.rollout.remask_ratio = 0.1  # plus: share re-masked by one repair
     c.rollout.stop_at_eos = True  # plus: positions behind a written eos need no writing
 
-    c.finetune_mode = "full"  # full | none
+    c.finetune_mode = "full"  # full | lora (adapters alone) | none
+    c.lora = ConfigDict()
+    c.lora.r = 8
+    c.lora.alpha = 16.0  # the adapter counts alpha / r times
+    c.lora.dropout = 0.0  # of its input
+    c.lora.target_modules = ()  # PyTorch module names; () = the projections of the attention
+    c.lora.mlp = False  # and those of the MLP
+    c.lora.adapter = ""  # directory of a PEFT adapter to start from; "" = a fresh one
     c.losses = ConfigDict()
     c.losses.critic_weight = 1.0
     c.losses.actor_weight = 1.0
@@ -241,7 +248,7 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.algo, ALGORITHMS, "algo")
     _one_of(c.rollout.selection_mode, SELECTION_MODES, "rollout.selection_mode")
     _one_of(c.rollout.fallback_operator, OPERATORS, "rollout.fallback_operator")
-    _one_of(c.finetune_mode, ("full", "none"), "finetune_mode")
+    _one_of(c.finetune_mode, ("full", "lora", "none"), "finetune_mode")
     _one_of(c.backbone.name, ("e2d2", "mdlm", "sedd", "simple"), "backbone.name")
     _one_of(c.backbone.sample_strategy, ("argmax", "sample"), "backbone.sample_strategy")
     _one_of(
@@ -282,6 +289,7 @@ def finalize(config: ConfigDict) -> list[str]:
         "critic.hidden_size",
         "checkpoint.keep",
         "reward.workers",
+        "lora.r",
         *(f"operators.{name}.k" for name in OPERATORS),
     ):
         if _at(c, key) < 1:
@@ -312,6 +320,7 @@ def finalize(config: ConfigDict) -> list[str]:
         "backbone.temperature",
         "losses.actor_temperature",
         "reward.time_limit",
+        "lora.alpha",
     ):
         if not _at(c, key) > 0:
             raise UserError(f"config key {key}={_at(c, key)} must be positive")
@@ -345,6 +354,10 @@ def finalize(config: ConfigDict) -> list[str]:
         raise UserError("config key operators.O_BRANCH.branch_depth must be at least 1 to branch")
     if c.algo == "paper" and c.rollout.branching:
         raise UserError("config key rollout.branching=True is not the original's rule: algo=plus")
+    if not 0.0 <= c.lora.dropout < 1.0:
+        raise UserError(f"config key lora.dropout={c.lora.dropout} must lie in [0, 1)")
+    if c.finetune_mode == "lora" and c.parallel.fsdp:
+        raise UserError("config key parallel.fsdp=True: adapters are small, use finetune_mode=full")
     for key in ("backbone.renoise", "rollout.fast_critic", "rollout.fast_operator"):
         if c.algo == "plus" and _at(c, key):
             raise UserError(f"config key {key}=True is the original's rule: set algo=paper")

@@ -1,6 +1,5 @@
 """The compiled calls of a run: rollout and update for the chosen algorithm, mesh and mode."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +37,13 @@ def compile_rollout(
     Each device leaves its loop when its own rows are done.
     """
     run = rollout_plus if algo == "plus" else rollout_paper
+
+    def from_stored(tables: Any, params: Any, *rest: Any) -> Episodes:
+        # An adapter is merged once per batch of episodes, not once per step.
+        return run(backbone, settings, tables, backbone.finetuning.inference(params), *rest)
+
     compiled = spmd(
-        functools.partial(run, backbone, settings),
+        from_stored,
         mesh,
         (WHOLE, WHOLE, WHOLE, ROWS, WHOLE),
         ROWS,

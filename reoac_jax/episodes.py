@@ -23,6 +23,7 @@ class Steps:
       cost: [B, T] float32, price of the executed operator.
       gen_before: [B, T, G] int32, the canvas before the step.
       written: bool [B, T, G], positions that received a token.
+      confidence: [B, T, G] float32, probability of each position's best token.
       active: bool [B, T], the row was still running.
     """
 
@@ -35,6 +36,7 @@ class Steps:
     cost: jax.Array
     gen_before: jax.Array
     written: jax.Array
+    confidence: jax.Array
     active: jax.Array
 
 

@@ -1,6 +1,5 @@
 """--mode=eval: a checkpoint on the held-out prompts, greedy, strict."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from reoac_jax.evaluate import format_table, run_policy, summary, write_report
 from reoac_jax.learner import LearnerSettings, LearnerState
 from reoac_jax.models import Models, load_models
 from reoac_jax.settings import RolloutSettings, evaluation_settings
-from reoac_jax.train import checkpoint_settings, fresh_state, grader_for, stored
+from reoac_jax.train import checkpoint_settings, fresh_state, grader_for, restored, stored
 
 
 def load_learner(
@@ -59,10 +58,10 @@ def load_learner(
             raise UserError(
                 f"{path} holds no finished checkpoint: train first, or name another run"
             )
-        saved, host = checkpoints.restore({"learner": stored(state, settings)}, step, partial=True)
-    learner = saved["learner"]
-    if not settings.train_backbone:
-        learner = dataclasses.replace(learner, backbone=state.backbone)
+        saved, host = checkpoints.restore(
+            {"learner": stored(state, settings, models)}, step, partial=True
+        )
+    learner = restored(saved["learner"], state, settings, models)
     return learner, int(host["iteration"])
 
 

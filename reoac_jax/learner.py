@@ -119,7 +119,7 @@ class LearnerSettings:
             epochs=update.epochs,
             minibatch=update.minibatch,
             target_decay=update.target_decay,
-            train_backbone=config.finetune_mode == "full",
+            train_backbone=config.finetune_mode != "none",
             branch_weight=loss.branch_weight,
             pg_weight=loss.backbone_pg_weight,
             sft_weight=loss.backbone_sft_weight,
@@ -156,12 +156,19 @@ def init_state(
     num_features: int,
     actor_hidden: int,
     critic_hidden: int,
+    trainable: Callable[[Params], Params] = lambda params: params,
 ) -> LearnerState:
-    """Fresh heads and optimizers around given backbone parameters."""
+    """Fresh heads and optimizers around given backbone parameters.
+
+    Args:
+      trainable: params -> the part of them that is trained, see `Finetuning`.
+    """
     actor, critic = init_heads(
         key, num_features, actor_hidden=actor_hidden, critic_hidden=critic_hidden
     )
-    backbone_opt = settings.optimizer("backbone").init(params) if settings.train_backbone else ()
+    backbone_opt: Any = ()
+    if settings.train_backbone:
+        backbone_opt = settings.optimizer("backbone").init(trainable(params))
     return LearnerState(
         actor=actor,
         critic=critic,
@@ -334,8 +341,9 @@ def make_update_plus(
                 row_key,
                 noise_key,
             )
-            updates, backbone_opt = backbone_tx.update(grads, backbone_opt, params)
-            params = optax.apply_updates(params, updates)
+            part = backbone.finetuning.trainable(params)
+            updates, backbone_opt = backbone_tx.update(grads, backbone_opt, part)
+            params = backbone.finetuning.replace(params, optax.apply_updates(part, updates))
             metrics |= backbone_metrics
         else:
             metrics["backbone/loss"] = jnp.float32(0.0)
@@ -483,8 +491,7 @@ def _backbone_gradient(
         if not terms:
             return jnp.float32(0.0), metrics | {"backbone/loss": jnp.float32(0.0)}
         total, nll = counted_loss(
-            backbone.logits,
-            backbone.head_params(p),
+            *backbone.training_head(p),
             jnp.concatenate([hidden.reshape(-1, hidden.shape[-1]) for _, _, hidden, _, _ in terms]),
             jnp.concatenate([ids.reshape(-1) for _, _, _, ids, _ in terms]),
             jnp.concatenate([factor * weight.reshape(-1) for _, factor, _, _, weight in terms]),
@@ -495,14 +502,27 @@ def _backbone_gradient(
             metrics[name] = jnp.sum(weight.reshape(-1) * part_nll)
         return settings.weights[2] * total, metrics | {"backbone/loss": total}
 
+    tuning = backbone.finetuning
+    trained = tuning.trainable(params)
+    drop_key = jax.random.fold_in(noise_key, rows)
+
     def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        index, part = part
+        key = jax.random.fold_in(drop_key, index)
+
+        def of_trained(values: Params) -> tuple[jax.Array, Metrics]:
+            return loss(tuning.forward(params, values, key), part)
+
+        (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
         return jax.tree.map(jnp.add, carry, (grads, metrics)), None
 
     zero = jnp.float32(0.0)
     start = (
-        jax.tree.map(jnp.zeros_like, params),
+        jax.tree.map(jnp.zeros_like, trained),
         {"backbone/pg": zero, "backbone/sft": zero, "backbone/loss": zero},
     )
-    (grads, metrics), _ = jax.lax.scan(accumulate, start, mine)
+    turns = rows // (micro * devices)
+    # Numbered over all devices, so that no two micro-batches drop the same inputs.
+    numbers = jax.lax.axis_index(DATA_AXIS) * turns + jnp.arange(turns)
+    (grads, metrics), _ = jax.lax.scan(accumulate, start, (numbers, mine))
     return layout.reduce(grads), sum_over_devices(metrics)

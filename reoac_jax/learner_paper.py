@@ -110,12 +110,20 @@ def make_update_paper(
         params, backbone_opt = state.backbone, state.backbone_opt
         metrics |= {"backbone/loss": jnp.float32(0.0)}
         if settings.train_backbone:
-            for _ in range(settings.backbone_steps):
+            for step in range(settings.backbone_steps):
                 grads, backbone_metrics = _backbone_gradient(
-                    backbone, settings, rollout, layout, layout.whole(params), buffer, count
+                    backbone,
+                    settings,
+                    rollout,
+                    layout,
+                    layout.whole(params),
+                    buffer,
+                    count,
+                    jax.random.fold_in(drop_key, 2 + step),
                 )
-                updates, backbone_opt = backbone_tx.update(grads, backbone_opt, params)
-                params = optax.apply_updates(params, updates)
+                part = backbone.finetuning.trainable(params)
+                updates, backbone_opt = backbone_tx.update(grads, backbone_opt, part)
+                params = backbone.finetuning.replace(params, optax.apply_updates(part, updates))
                 metrics |= backbone_metrics
         weights = dict(
             zip(("critic_weight", "actor_weight", "backbone_weight"), settings.weights, strict=True)
@@ -145,6 +153,7 @@ def _backbone_gradient(
     params: Params,
     buffer: PaperEpisode,
     count: jax.Array,
+    drop_key: jax.Array,
 ) -> tuple[Params, Metrics]:
     """Gradient of the return-weighted copying loss over every stored step, in micro-batches.
 
@@ -190,20 +199,28 @@ def _backbone_gradient(
         target = buffer.target[rows]
         index = jnp.clip(canvas.gen_index, 0, target.shape[1] - 1)
         value, _ = counted_loss(
-            backbone.logits,
-            backbone.head_params(p),
+            *backbone.training_head(p),
             hidden.reshape(-1, hidden.shape[-1]),
             jnp.take_along_axis(target, index, axis=1).reshape(-1),
             part["weight"].reshape(-1),
         )
         return value
 
+    tuning = backbone.finetuning
+    trained = tuning.trainable(params)
+
     def accumulate(i: jax.Array, carry: Any) -> Any:
         part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), mine)
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(params, part))
+        number = i * devices + jax.lax.axis_index(DATA_AXIS)
+        key = jax.random.fold_in(drop_key, number)
+
+        def of_trained(values: Params) -> jax.Array:
+            return loss(tuning.forward(params, values, key), part)
+
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(of_trained)(trained))
 
     turns = -(-jnp.sum(useful) // (micro * devices))
-    start = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, params))
+    start = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, trained))
     value, grads = jax.lax.fori_loop(0, turns, accumulate, start)
     value, grads = sum_over_devices(value), layout.reduce(grads)
     return grads, {"backbone/loss": value, "backbone/zero_weight_share": zero_weight / pairs}

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from common.errors import UserError
 from common.lm.layers import Params
+from common.lm.lora import LoraSettings
 from reoac_jax.backbone import toy
 from reoac_jax.backbone.base import Backbone
 from reoac_jax.backbone.dit import SCORE_MODES as DIT_SCORE_MODES
@@ -15,7 +16,8 @@ from reoac_jax.backbone.dit import DiTConfig
 from reoac_jax.backbone.dit_backbone import with_tokenizer_ids
 from reoac_jax.backbone.e2d2 import SCORE_MODES as E2D2_SCORE_MODES
 from reoac_jax.backbone.store import EMBEDDED_NAME, StoredBackbone, load_backbone
-from reoac_jax.scratch import make_backbone, network_config
+from reoac_jax.lora import lora_finetuning, make_adapter
+from reoac_jax.scratch import NetworkConfig, make_backbone, network_config
 from reoac_jax.tables import Tables, build_tables
 from reoac_jax.tokenizer import EMBEDDED_DIR, Tokenizer, load_tokenizer
 from reoac_jax.types import SpecialIds
@@ -29,6 +31,7 @@ class Models(NamedTuple):
 
     Attributes:
       provenance: where every size and id of the backbone came from.
+      lora: the adapter's settings with finetune_mode="lora"; `params` is then {"base", "lora"}.
     """
 
     backbone: Backbone
@@ -36,6 +39,7 @@ class Models(NamedTuple):
     tokenizer: Tokenizer
     tables: Tables
     provenance: dict[str, str]
+    lora: LoraSettings | None = None
 
 
 def load_models(config: ConfigDict) -> Models:
@@ -45,6 +49,7 @@ def load_models(config: ConfigDict) -> Models:
       UserError: weights or tokenizer are missing or do not fit each other.
     """
     b = config.backbone
+    network: NetworkConfig | None = None
     if b.name == "simple":
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or EMBEDDED_DIR)
         special = _special(tokenizer, _mask_id(tokenizer))
@@ -53,14 +58,15 @@ def load_models(config: ConfigDict) -> Models:
         provenance = {"weights": "random"}
     elif b.model_name_or_path == SCRATCH:
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or EMBEDDED_DIR)
-        backbone = make_backbone(network_config(config, tokenizer))
+        network = network_config(config, tokenizer)
+        backbone = make_backbone(network)
         params = jax.jit(backbone.init)(jax.random.key(config.seed))
         provenance = {"weights": "random"}
     else:
         hub = load_backbone(b.model_name_or_path, family=_family(b.name, b.model_name_or_path))
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or hub.directory)
-        backbone = _stored_backbone(config, hub, tokenizer)
-        params, provenance = hub.params, hub.provenance
+        network = _stored_network(config, hub, tokenizer)
+        backbone, params, provenance = make_backbone(network), hub.params, hub.provenance
     if len(tokenizer) > backbone.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} ids, the backbone {backbone.vocab_size}: set "
@@ -72,7 +78,16 @@ def load_models(config: ConfigDict) -> Models:
         config.relation.strings,
         vocab_size=backbone.vocab_size,
     )
-    return Models(backbone, params, tokenizer, tables, provenance)
+    settings = None
+    if config.finetune_mode == "lora":
+        if network is None:
+            raise UserError(
+                "config key finetune_mode=lora: backbone.name=simple has no projections"
+            )
+        adapter, settings = make_adapter(config, network)
+        params = {"base": params, "lora": adapter}
+        backbone = dataclasses.replace(backbone, finetuning=lora_finetuning(settings))
+    return Models(backbone, params, tokenizer, tables, provenance, settings)
 
 
 def _family(name: str, path: str) -> str | None:
@@ -89,7 +104,7 @@ def _family(name: str, path: str) -> str | None:
     return name
 
 
-def _stored_backbone(config: ConfigDict, hub: StoredBackbone, tokenizer: Tokenizer) -> Backbone:
+def _stored_network(config: ConfigDict, hub: StoredBackbone, tokenizer: Tokenizer) -> NetworkConfig:
     """A stored network in the score mode and dtype of the config.
 
     Raises:
@@ -106,8 +121,7 @@ def _stored_backbone(config: ConfigDict, hub: StoredBackbone, tokenizer: Tokeniz
     mode = b.score_mode or network.score_mode
     if isinstance(network, DiTConfig):
         network = with_tokenizer_ids(network, tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
-        return make_backbone(dataclasses.replace(network, score_mode=mode, dtype=b.dtype))
-    return make_backbone(dataclasses.replace(network, score_mode=mode, dtype=b.dtype))
+    return dataclasses.replace(network, score_mode=mode, dtype=b.dtype)
 
 
 def _special(tokenizer: Tokenizer, mask_id: int) -> SpecialIds:

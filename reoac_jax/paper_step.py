@@ -72,6 +72,7 @@ class PaperRecord:
         chosen: [B] i32, the actor's choice.
         operator: [B] i32, the executed operator.
         update_mask: [B, G] bool, overwritten positions.
+        confidence: [B, G] f32, probability of each position's best token.
         cost: [B] f32.
         gen_before: [B, G] i32.
         relation: [B, P, G] f32, or None when not saved.
@@ -83,6 +84,7 @@ class PaperRecord:
     chosen: jax.Array
     operator: jax.Array
     update_mask: jax.Array
+    confidence: jax.Array
     cost: jax.Array
     gen_before: jax.Array
     relation: jax.Array | None
@@ -193,6 +195,7 @@ def paper_step(
         chosen=chosen,
         operator=executed.operator,
         update_mask=executed.mask,
+        confidence=summary.confidence,
         cost=executed.cost,
         gen_before=gen_ids,
         relation=relation,

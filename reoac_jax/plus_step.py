@@ -77,6 +77,7 @@ class Observation(NamedTuple):
 
     Attributes:
       sampled: [B, G] int32, the token each position would receive.
+      confidence: [B, G] float32, probability of each position's best token.
       masked: bool [B, G], positions that still have to be written.
       features: [B, F] float32; q, logits: [B, A] float32 of critic and actor.
       write, remask: bool [B, A, G], positions of each operator; valid: bool [B, A].
@@ -85,6 +86,7 @@ class Observation(NamedTuple):
     """
 
     sampled: jax.Array
+    confidence: jax.Array
     masked: jax.Array
     features: jax.Array
     q: jax.Array
@@ -217,6 +219,7 @@ def observe(
         valid = valid.at[:, BRANCH].set(valid[:, BRANCH] & (step < settings.max_steps - 1))
     return Observation(
         sampled=summary.sampled,
+        confidence=summary.confidence,
         masked=masked,
         features=features,
         q=heads_apply(ground.agent.critic, seen),

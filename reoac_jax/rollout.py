@@ -105,6 +105,7 @@ def rollout_plus(
             cost=cost,
             gen_before=cursor.gen_ids,
             written=written,
+            confidence=seen.confidence,
             active=active,
         )
 
@@ -186,5 +187,6 @@ def _blank_steps(canvas: Canvas, horizon: int, num_features: int, mask_id: int) 
         cost=jnp.zeros((batch, horizon)),
         gen_before=jnp.full((batch, horizon, gen_len), mask_id, jnp.int32),
         written=jnp.zeros((batch, horizon, gen_len), bool),
+        confidence=jnp.zeros((batch, horizon, gen_len)),
         active=jnp.zeros((batch, horizon), bool),
     )

@@ -97,6 +97,7 @@ def rollout_paper(
             cost=record.cost,
             gen_before=record.gen_before,
             written=record.update_mask,
+            confidence=record.confidence,
             active=jnp.ones(batch, bool),
         )
 

@@ -19,6 +19,7 @@ from common.checkpoint import Checkpointer
 from common.data import IndexShuffler
 from common.errors import UserError
 from common.fsdp import Layout
+from common.lm.lora import save_peft
 from common.metrics import MetricWriter, StepTimer, peak_memory
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
@@ -56,6 +57,7 @@ SHAPE_SECTIONS = (
     "backbone.max_length",
     "backbone.model_name_or_path",
     "finetune_mode",
+    "lora",
     "episodes_per_iter",
     "buffer_size",
     "dataset",
@@ -104,6 +106,7 @@ def fresh_state(
             feature_size(rollout, models.backbone.hidden_size, config.algo),
             config.actor.hidden_size,
             config.critic.hidden_size,
+            models.backbone.finetuning.trainable,
         )
 
     specs = state_specs(jax.eval_shape(make, models.params), layout)
@@ -114,16 +117,29 @@ def fresh_state(
     return jax.jit(make, out_shardings=shardings)(params)
 
 
-def stored(state: LearnerState, settings: LearnerSettings) -> LearnerState:
-    """What a checkpoint holds: a frozen backbone is named by its digest, not copied."""
-    return state if settings.train_backbone else dataclasses.replace(state, backbone=())
+def stored(state: LearnerState, settings: LearnerSettings, models: Models) -> LearnerState:
+    """What a checkpoint holds: frozen parameters are named by their digest, not copied."""
+    trained: Any = ()
+    if settings.train_backbone:
+        trained = models.backbone.finetuning.trainable(state.backbone)
+    return dataclasses.replace(state, backbone=trained)
+
+
+def restored(
+    saved: LearnerState, state: LearnerState, settings: LearnerSettings, models: Models
+) -> LearnerState:
+    """Inverse of `stored`: what was saved, with the frozen parameters of `state`."""
+    backbone = state.backbone
+    if settings.train_backbone:
+        backbone = models.backbone.finetuning.replace(backbone, saved.backbone)
+    return dataclasses.replace(saved, backbone=backbone)
 
 
 def checkpoint_settings(config: ConfigDict, models: Models) -> dict[str, Any]:
     """Keys that a checkpoint and a run must agree in."""
     return {
         **flags.select(config, SHAPE_SECTIONS),
-        "backbone.digest": weights_digest(models.params),
+        "backbone.digest": weights_digest(models.backbone.finetuning.frozen(models.params)),
     }
 
 
@@ -231,14 +247,11 @@ def train(
         buffer = replay.ReplayBuffer(config.buffer_size)
         example = None if plus else _example(config, models, rollout_settings, held_out)
         if config.checkpoint.resume and checkpoints.latest_step() is not None:
-            target: Any = {"learner": stored(state, settings)}
+            target: Any = {"learner": stored(state, settings, models)}
             if example is not None:
                 target["buffer"] = replay.to_state(buffer, example)
             saved, host = checkpoints.restore(target)
-            state = dataclasses.replace(
-                saved["learner"],
-                backbone=saved["learner"].backbone if settings.train_backbone else state.backbone,
-            )
+            state = restored(saved["learner"], state, settings, models)
             iteration, position = host["iteration"], host["position"]
             if example is not None:
                 buffer = replay.from_state(dist.gather(saved["buffer"]))
@@ -282,7 +295,15 @@ def train(
                     )
                 if iteration % config.logging.sample_interval == 0:
                     write_samples(
-                        run, iteration, episodes, graded.rewards, grader, prompts, rows, config
+                        run,
+                        iteration,
+                        episodes,
+                        graded.rewards,
+                        models,
+                        grader,
+                        prompts,
+                        rows,
+                        config,
                     )
                 with timer.part("update"):
                     if plus:
@@ -330,7 +351,7 @@ def train(
                 )
                 due = iteration % config.logging.checkpoint_interval == 0
                 if due or last or stop.agreed():
-                    tree: Any = {"learner": stored(state, settings)}
+                    tree: Any = {"learner": stored(state, settings, models)}
                     if example is not None:
                         tree["buffer"] = replay.to_state(buffer, example)
                     checkpoints.save(
@@ -350,6 +371,12 @@ def train(
     usage = ", ".join(f"{name} {share:.0%}" for name, share in after["operators"].items())
     print(f"operators used: {usage}")
     print(f"{after['n']} problems; files in {run.path}")
+    if models.lora is not None:
+        adapter = dist.gather(state.backbone["lora"])
+        if dist.is_main():
+            save_peft(
+                run.path / "adapter", adapter, models.lora, config.backbone.model_name_or_path
+            )
     run.finish()
     return after
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of a run: energy map, feature projection, loss curves, operator usage."""
+"""Tables and pictures of a run: energy map, projection, losses, operators, and its episodes."""
 
 import csv
 import importlib.util
@@ -15,6 +15,8 @@ from absl import logging
 
 from common.errors import UserError
 from common.rundir import RunDir, atomic_write, atomic_write_json, read_jsonl
+from reoac_jax.types import OPERATORS
+from reoac_jax.viz_episode import episode_page
 
 LOSSES = ("critic_loss", "actor_loss", "backbone_loss", "total_loss")
 _LOSS_COLORS = ("tab:blue", "tab:orange", "tab:green", "black")
@@ -103,8 +105,25 @@ def loss_curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
     }
 
 
+def usage_curves(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Collects how often each operator ran, over training.
+
+    Args:
+        rows: rows of metrics.jsonl; those without shares are left out.
+
+    Returns:
+        {"iteration": [..], <operator>: [share in 0..1, ..]}, all of one length.
+    """
+    names = [f"operator/{name}" for name in OPERATORS]
+    kept = [row for row in rows if row.get("iteration") is not None and names[0] in row]
+    curves = {"iteration": [float(row["iteration"]) for row in kept]}
+    for name, column in zip(OPERATORS, names, strict=True):
+        curves[name] = [float(row.get(column) or 0.0) for row in kept]
+    return curves
+
+
 def loss_csv(curves: Mapping[str, Sequence[float]]) -> str:
-    """Writes `loss_curves` as CSV text: a header, then one line per iteration, empty for nan."""
+    """Writes curves as CSV text: a header, then one line per iteration, empty for nan."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(curves)
@@ -157,9 +176,10 @@ def relation_of(sample: Mapping[str, Any], path: Path) -> np.ndarray | None:
 def run_viz(run_dir: str | Path, sample: str | Path = "", out: str | Path = "") -> list[Path]:
     """Writes what can be drawn from a run (visualisation table).
 
-    energy_map.{csv,png} from one sample; features.json, embedding_proj.{csv,png} and
-    operator_usage.{json,png} from all of them; loss.{csv,png} from metrics.jsonl. Without
-    matplotlib the pictures are left out, with a warning; the tables are written all the same.
+    energy_map.{csv,png} from one sample; features.json, embedding_proj.{csv,png},
+    operator_usage.{json,png} and a page episodes/<sample>.html each from all of them;
+    loss.{csv,png} and operator_training.{csv,png} from metrics.jsonl. Without matplotlib the
+    pictures are left out, with a warning; everything else is written all the same.
 
     Args:
         run_dir: the run.
@@ -177,7 +197,8 @@ def run_viz(run_dir: str | Path, sample: str | Path = "", out: str | Path = "") 
     target = Path(out).expanduser() if out else run.viz
     samples = read_samples(run.samples)
     chosen = _choose(run, samples, sample)
-    curves = loss_curves(read_jsonl(run.metrics) if run.metrics.exists() else [])
+    rows = read_jsonl(run.metrics) if run.metrics.exists() else []
+    curves = loss_curves(rows)
     if not samples and chosen is None and not curves["iteration"]:
         raise UserError(
             f"{run.path} holds neither samples/*.json nor losses in metrics.jsonl; nothing to draw"
@@ -191,8 +212,10 @@ def run_viz(run_dir: str | Path, sample: str | Path = "", out: str | Path = "") 
         if samples:
             _features(writer, samples)
             _usage(writer, operator_usage(content for _, content in samples))
+            _episodes(writer, samples)
         if curves["iteration"]:
             _losses(writer, curves)
+            _training_usage(writer, usage_curves(rows))
     except OSError as error:
         raise UserError(
             f"cannot write to {target} ({error.strerror}); choose another directory with --output"
@@ -308,6 +331,39 @@ def _usage(writer: _Writer, usage: Mapping[str, int]) -> None:
         axes.set(xlabel="operator of the last step", ylabel="episodes", title="Operator usage")
         axes.yaxis.get_major_locator().set_params(integer=True)
         writer.picture("operator_usage.png", figure)
+
+
+def _episodes(writer: _Writer, samples: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    for path, content in samples:
+        if not content.get("trace"):
+            continue  # a run from before traces were kept
+        try:
+            page = episode_page(content, f"Episode {path.stem}")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{path}: its trace is damaged ({error!r}); remove this sample"
+            ) from None
+        writer.text(f"episodes/{path.stem}.html", page)
+
+
+def _training_usage(writer: _Writer, curves: Mapping[str, list[float]]) -> None:
+    if not curves["iteration"]:
+        return
+    writer.text("operator_training.csv", loss_csv(curves))
+    if drawing := writer.figure():
+        figure, axes = drawing
+        shares = [curves[name] for name in OPERATORS]
+        axes.stackplot(curves["iteration"], shares, labels=OPERATORS, alpha=0.85)
+        axes.set(
+            xlabel="iteration",
+            ylabel="share of decisions",
+            ylim=(0.0, 1.0),
+            title="Operators over training",
+        )
+        axes.margins(x=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(loc="outside right upper")
+        writer.picture("operator_training.png", figure)
 
 
 def _losses(writer: _Writer, curves: Mapping[str, list[float]]) -> None:

@@ -106,6 +106,28 @@ class ScoreFn(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Finetuning:
+    """How updates and passes treat a backbone's parameters; the default: all of them train.
+
+    Attributes:
+      trainable: params -> the part that gradients and updates are for.
+      replace: (params, trainable part) -> params with that part.
+      forward: (params, trainable part, key | None) -> parameters of a pass that is differentiated
+        by the trainable part; the key is for dropout.
+      inference: params -> parameters of passes without gradient.
+      frozen: params -> what identifies the model that training starts from.
+      head_trains: whether the head's parameters are trainable.
+    """
+
+    trainable: Callable[[Params], Params] = lambda params: params
+    replace: Callable[[Params, Params], Params] = lambda params, part: part
+    forward: Callable[[Params, Params, jax.Array | None], Params] = lambda params, part, key: part
+    inference: Callable[[Params], Params] = lambda params: params
+    frozen: Callable[[Params], Params] = lambda params: params
+    head_trains: bool = True
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
     """A diffusion language model as a bundle of pure functions.
 
@@ -117,6 +139,7 @@ class Backbone:
       head_params: params -> the part of them that `head` reads; `head` takes that part too.
       suppress_mask: the mask id is excluded from every score. False only for the test backbone
         whose recorded traces use plain logits.
+      finetuning: which parameters train.
       score_mode: how positions see each other; goes into every run record.
     """
 
@@ -136,6 +159,7 @@ class Backbone:
     head: Callable[[Params, jax.Array], jax.Array]
     head_params: Callable[[Params], Params] = lambda params: params
     suppress_mask: bool = True
+    finetuning: Finetuning = Finetuning()
 
     @property
     def suppress_id(self) -> int:
@@ -146,6 +170,19 @@ class Backbone:
         would make every rewrite a no-op).
         """
         return self.mask_id if self.suppress_mask else -1
+
+    def training_head(
+        self, params: Params
+    ) -> tuple[Callable[[Params, jax.Array], jax.Array], Params]:
+        """(head, its parameters) for `counted_loss`: a frozen head has no parameters there.
+
+        Args:
+          params: of a differentiated pass.
+        """
+        if self.finetuning.head_trains:
+            return self.logits, self.head_params(params)
+        frozen = jax.lax.stop_gradient(self.head_params(params))
+        return lambda _, hidden: self.logits(frozen, hidden), {}
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Logits [..., V] float32 with the suppressed id at NEG_INF."""

@@ -60,6 +60,7 @@ def _rollout(params: Any, agent: Any, canvas: Canvas, key: jax.Array) -> Episode
         cost=empty,
         gen_before=jnp.zeros((batch, HORIZON, GEN), jnp.int32),
         written=jnp.zeros((batch, HORIZON, GEN), bool),
+        confidence=jnp.zeros((batch, HORIZON, GEN)),
         active=active,
     )
     return Episodes(
@@ -75,7 +76,7 @@ def _rollout(params: Any, agent: Any, canvas: Canvas, key: jax.Array) -> Episode
 
 class _Pending:
     def __init__(self, graded: Graded) -> None:
-        self._graded = graded
+        self._graded, self.texts = graded, graded.texts
 
     def result(self) -> Graded:
         return self._graded

@@ -11,7 +11,16 @@ import pytest
 
 from common.errors import UserError
 from common.rundir import RunDir, append_jsonl, atomic_write_json
-from reoac_jax.viz import energy_map_csv, loss_curves, operator_usage, pca_project, run_viz
+from reoac_jax.types import OPERATORS as ALL_OPERATORS
+from reoac_jax.viz import (
+    energy_map_csv,
+    loss_curves,
+    operator_usage,
+    pca_project,
+    run_viz,
+    usage_curves,
+)
+from reoac_jax.viz_episode import episode_page
 
 PNG = b"\x89PNG\r\n\x1a\n"
 OPERATORS = ("O_NUM", "O_OP", "O_NUM", "O_FAST", "O_SCOPE", "O_NUM")
@@ -29,6 +38,32 @@ def _sample(index: int) -> dict[str, Any]:
         # The first sample has none, as under fast_critic.
         "relation": None if index == 0 else rng.uniform(0.1, 1.0, size=(9, 14)).tolist(),
     }
+
+
+def _traced(index: int) -> dict[str, Any]:
+    """A sample of two decisions: one writes `<b>` and a newline, one masks the first again."""
+    trace = {
+        "decisions": [
+            {
+                "operator": "O_FAST",
+                "cost": 2.0,
+                "canvas": [9, 9, 9],
+                "written": [0, 2],
+                "confidence": [0.25, 0.5, 1.0],
+            },
+            {
+                "operator": "O_SCOPE",
+                "cost": 1.0,
+                "canvas": [3, 9, 4],
+                "written": [],
+                "confidence": [0.1, 0.2, 0.3],
+            },
+        ],
+        "final": [9, 9, 4],
+        "mask_id": 9,
+        "pieces": {"3": "<b>", "4": "\n", "9": ""},
+    }
+    return {**_sample(index), "gold": "#### 1 & 2", "trace": trace}
 
 
 @pytest.fixture
@@ -72,6 +107,38 @@ def test_every_output_of_the_table(run: RunDir) -> None:
     header, *rows = csv.reader((run.viz / "loss.csv").open())
     assert header == ["iteration", "critic_loss", "actor_loss", "backbone_loss", "total_loss"]
     assert len(rows) == 8 and rows[3] == ["3", "0.25", "1.5", "", "2.15"]
+
+
+def test_episode_page_shows_what_every_decision_did() -> None:
+    page = episode_page(_traced(1), "Episode <1>")
+    assert page.count("<li>") == 3 and "Episode &lt;1&gt;" in page and "#### 1 &amp; 2" in page
+    start, first, second = page.split("<li>")[1:]
+    assert start.count("t mask") == 3
+    assert "O_FAST" in first and first.count('class="t new"') == 2 and first.count("t mask") == 1
+    # Fuller the surer, with the number to hover; tokens are text, never markup.
+    assert 'title="0.250"' in first and 'title="1.000"' in first
+    assert first.index("0.18)") < first.index("0.50)")
+    assert "&lt;b&gt;" in first and "<b>" not in page and "\\n</span>" in first
+    assert "O_SCOPE" in second and second.count("mask undone") == 1 and "t new" not in second
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_pages_and_operators_over_training(run: RunDir) -> None:
+    atomic_write_json(run.samples / "iter5_step0.json", _traced(1))
+    shares = dict(zip(ALL_OPERATORS, (0.1, 0.2, 0.3, 0.0, 0.4), strict=True))
+    append_jsonl(run.metrics, {"iteration": 9, **{f"operator/{k}": v for k, v in shares.items()}})
+    written = {str(path.relative_to(run.viz)) for path in run_viz(run.path)}
+    assert {p for p in written if p.endswith("html")} == {"episodes/iter5_step0.html"}
+    assert {"operator_training.csv", "operator_training.png"} <= written
+    header, row = csv.reader((run.viz / "operator_training.csv").open())
+    assert header == ["iteration", *ALL_OPERATORS]
+    assert row == ["9", *(f"{share:.9g}" for share in shares.values())]
+    assert usage_curves([{"iteration": 1}]) == {"iteration": [], **{n: [] for n in ALL_OPERATORS}}
+    damaged = _traced(1)
+    del damaged["trace"]["pieces"]["3"]
+    atomic_write_json(run.samples / "iter5_step0.json", damaged)
+    with pytest.raises(UserError, match="iter5_step0.json: its trace is damaged"):
+        run_viz(run.path)
 
 
 def test_chosen_sample_and_directory(run: RunDir, tmp_path: Path) -> None:

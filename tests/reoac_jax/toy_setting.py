@@ -206,6 +206,7 @@ def made_up_episodes(
         "cost": cost,
         "gen_before": before,
         "written": written,
+        "confidence": np.where(written, 0.5, 0.0),
         "active": active,
     }
     episodes = Episodes(
