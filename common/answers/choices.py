@@ -6,6 +6,7 @@ from common.answers.extract import clean_text
 
 AMBIGUOUS = "ambiguous"
 LETTERS = "ABCDE"
+_MAX_NESTING = 4  # of text commands
 
 _WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|boxed|fbox)\s*\{([^{}]*)\}")
 _MARKUP = re.compile(r"[*_`$]|\\[()\[\]]")
@@ -18,7 +19,7 @@ _STATED = re.compile(
 )
 _NAMED = re.compile(r"\b(?:option|choice|answer)\s*\(?([A-Ea-e])\)?(?![A-Za-z'])", re.IGNORECASE)
 _CAPITAL = re.compile(r"(?<![A-Za-z'])([A-E])(?![A-Za-z'])")
-_ARTICLE = re.compile(r"(?<![A-Za-z'])A(?=\s+[a-z])")
+_ARTICLE = re.compile(r"(?<![A-Za-z'])A(?=\s+(?!or\b|and\b)[a-z])")
 _BOTH = re.compile(r"\byes\s*(?:/|or|\|)\s*no\b|\bno\s*(?:/|or|\|)\s*yes\b", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z]+")
 _YES_NO = {"yes": "Yes", "true": "Yes", "no": "No", "false": "No"}
@@ -27,9 +28,8 @@ _YES_NO = {"yes": "Yes", "true": "Yes", "no": "No", "false": "No"}
 def plain(span: str) -> str:
     """A span without mark-up and text commands."""
     text = clean_text(span)
-    previous = None
-    while previous != text:
-        previous, text = text, _WRAPPERS.sub(r"\1", text)
+    for _ in range(_MAX_NESTING):
+        text = _WRAPPERS.sub(r"\1", text)
     return " ".join(_MARKUP.sub(" ", text).split())
 
 

@@ -11,8 +11,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-MAX_TOKENS = 400
-MAX_DEPTH = 40
+MAX_TOKENS = 300
+MAX_DEPTH = 80  # of the parser's own recursion; a bracket takes three
 MAX_NUMBER_DIGITS = 400
 
 
@@ -203,11 +203,11 @@ class _Parser:
         return token.startswith("\\") and token not in ("\\rfloor", "\\rceil", "\\rvert")
 
     def signed_factor(self) -> Node:
-        if self.peek() in ("+", "-"):
-            sign = self.take()
-            node = self.signed_factor() if self.peek() in ("+", "-") else self.factor()
-            return Node("neg", (node,)) if sign == "-" else node
-        return self.factor()
+        negative = False
+        while self.peek() in ("+", "-"):
+            negative ^= self.take() == "-"
+        node = self.factor()
+        return Node("neg", (node,)) if negative else node
 
     def factor(self) -> Node:
         self.depth += 1
@@ -218,16 +218,20 @@ class _Parser:
         return node
 
     def postfix(self, node: Node) -> Node:
-        while self.peek() == "!":
-            self.take()
-            node = Node("fact", (node,))
+        node = self.factorial(node)
         if self.peek() in ("^", "**"):
             self.take()
-            node = Node("pow", (node, self.exponent()))
-            while self.peek() == "!":
-                self.take()
-                node = Node("fact", (node,))
+            node = self.factorial(Node("pow", (node, self.exponent())))
         return node
+
+    def factorial(self, node: Node) -> Node:
+        if self.peek() != "!":
+            return node
+        self.take()
+        # "3!!" is another function than (3!)!.
+        if self.peek() == "!":
+            raise ParseError
+        return Node("fact", (node,))
 
     def exponent(self) -> Node:
         if self.peek() in ("+", "-"):
@@ -236,6 +240,14 @@ class _Parser:
         return self.factor()
 
     def base(self) -> Node:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ParseError
+        node = self.atom()
+        self.depth -= 1
+        return node
+
+    def atom(self) -> Node:
         token = self.take()
         if token == _END:
             raise ParseError

@@ -2,6 +2,7 @@
 
 import cmath
 import enum
+import re
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 
@@ -26,6 +27,10 @@ class Match(enum.Enum):
     DIFFERENT = "different"
     UNKNOWN = "unknown"  # needs computer algebra
 
+
+_MAX_FORMULA = 200
+_ALGEBRAIC = ("\\int", "\\sum", "\\prod", "\\lim")
+_FORMULA = re.compile(r"[A-Za-z0-9\\{}^_+\-*/=().,<>|!\[\] ]+")
 
 # Points of evaluation: positive reals, complex numbers near them, one negative real. The angles of
 # a few factors do not add up to pi, so identities of positive numbers hold there.
@@ -174,7 +179,10 @@ def _plain(text: str) -> str:
 
 
 def _needs_algebra(text: str) -> bool:
-    return any(name in text for name in ("\\int", "\\sum", "\\prod", "\\lim"))
+    """Tells whether a text looks like a sum, product, limit or integral."""
+    if len(text) > _MAX_FORMULA or not any(name in text for name in _ALGEBRAIC):
+        return False
+    return _FORMULA.fullmatch(text) is not None and text.count("{") == text.count("}")
 
 
 def _tuples(a: Value, b: Value, algebra: Algebra) -> Match:

@@ -12,7 +12,9 @@ SPAN_OPEN, SPAN_CLOSE = "\ue000", "\ue001"
 SPAN = re.compile(f"{SPAN_OPEN}([^{SPAN_OPEN}{SPAN_CLOSE}]*){SPAN_CLOSE}")
 
 ANSWER_PHRASE = re.compile(
-    r"(?:final\s+)?answer\s*(?:\*\*|__)?\s*(?:is|=|:)\s*:?\s*(?:\*\*|__)?\s*", re.IGNORECASE
+    # Blanks are bounded: runs of them would be tried in every division.
+    r"(?:final\s{1,4})?answer\s{0,4}(?:\*\*|__)?\s{0,4}(?:is|=|:)\s{0,4}:?\s{0,9}(?:\*\*|__)?\s{0,9}",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|(?:,\s*|\s)(?:because|since|as we|which|where)\b")
 _MATH_OPEN = re.compile(r"\$\$?|\\\(|\\\[")
@@ -43,7 +45,7 @@ _FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _RENAMED = {"leq": "le", "geq": "ge", "leqslant": "le", "geqslant": "ge", "neq": "ne", "lt": "<"}
 _RENAMED |= {"gt": ">", "lbrace": "{", "rbrace": "}", "vert": "|", "mid": "|", "land": ","}
 _COMMAND = re.compile(r"\\(leqslant|geqslant|leq|geq|neq|lbrace|rbrace|lt|gt|vert|mid|land)\b")
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?")
+_REPEATING = re.compile(r"(?<![0-9.])([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{?([0-9]+)\}?")
 _SPACED_GROUPS = re.compile(r"(?<![0-9.,/_^])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/])")
 _BLANKS = re.compile(r"\s+")
 _MARKUP = " \t\n*`"

@@ -83,6 +83,8 @@ def readings(text: str) -> tuple[Value, ...]:
     Returns:
         At least one value; an empty answer is the text "".
     """
+    if len(text) > 4 * MAX_TEXT:
+        return (Value("text", text=text),)
     text = normalize(text)
     if len(text) > MAX_TEXT:
         return (Value("text", text=text),)
@@ -125,7 +127,9 @@ def parse_value(text: str, depth: int = 0) -> Value:
     if whole is not None:
         return _of_text(whole.group(1), depth)
     text = _APPROXIMATE.sub("", _without_unit_spans(text))
-    text = _ANSWER_WORDS.sub("", _words(text), count=1) if SPAN_OPEN in text else text
+    told = _ANSWER_WORDS.match(_words(text))
+    if told is not None:
+        return parse_value(_words(text)[told.end() :], depth + 1)
     for attempt in _ATTEMPTS:
         value = attempt(text, depth)
         if value is not None:
