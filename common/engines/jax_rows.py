@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from common.lm import layers as blocks
-from common.lm.cache import Cache, empty_cache, resize, take_slots, write_prompts, write_tokens
+from common.lm.cache import Cache, empty_cache, resize, write_prompts, write_tokens
 from common.lm.config import DecoderConfig
 from common.lm.decoder import Capture, extend, forward
 from common.lm.layers import Context, KeyValue, Params
@@ -182,60 +182,66 @@ def read_pending(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "first"), donate_argnames="rows")
+@functools.partial(jax.jit, static_argnames=("cfg", "first", "num_tokens"), donate_argnames="cache")
 def reread(
     params: Params,
-    rows: Rows,
-    token_ids: jax.Array,
-    num_new: jax.Array,
+    cache: Cache,
+    trail: jax.Array,
+    counts: jax.Array,
     slots: jax.Array,
     anchors: jax.Array,
     clean: Columns,
-    layers: jax.Array,
     *,
     cfg: DecoderConfig,
     first: int,
-) -> Rows:
-    """Overwrites the trace of steered segments and settles their rows, in one pass over them.
+    num_tokens: int,
+) -> Cache:
+    """Overwrites the trace of steered segments, in one pass over them.
+
+    A tool acts on the blocks above its layer only. Up to the lowest layer of any tool, what the
+    steered segment computed is what an unsteered one would: only the blocks above are run again,
+    from the residual stream that was kept.
 
     Args:
         params: Parameter tree.
-        rows: The rows; donated.
-        token_ids: [R, T] int32, the segments.
-        num_new: [R] int32, their lengths.
+        cache: S slots; donated.
+        trail: [S, W, D], residual stream behind layer `first` of the segments' tokens.
+        counts: [R] int32, tokens to overwrite; 0 = the steered column alone.
         slots: [R] int32, distinct; one outside 0..S-1 is left out.
         anchors: [R] int32, the steered positions; the segments begin behind them.
         clean: The unsteered columns of these positions, as `steer` returned them for S rows.
-        layers: [LC] int32.
         cfg: The decoder.
         first: Lowest layer of any tool.
+        num_tokens: T <= W, at least the largest count.
 
     Returns:
-        The rows.
+        The cache, as long as before.
     """
-    total = rows.cache.slots
-    targets = jnp.where(slots < 0, total, slots)
-    origins = jnp.clip(slots, 0, total - 1)
-    part = take_slots(rows.cache, origins)
+    targets = jnp.where(slots < 0, cache.slots, slots)
+    origins = jnp.clip(slots, 0, cache.slots - 1)
     index = jnp.arange(slots.shape[0])
-    keys, values = list(part.keys), list(part.values)
+    offsets = jnp.arange(num_tokens)
+    positions = anchors[:, None] + 1 + offsets  # [R, T]
+    columns = jnp.where(offsets < counts[:, None], positions, cache.capacity)
+    mask = jnp.arange(cache.capacity) <= positions[:, :, None]  # [R, T, M]
+    rope = blocks.rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_divisors)
+    x = trail[origins, :num_tokens]
+    keys, values = list(cache.keys), list(cache.values)
     for j, i in enumerate(range(first + 1, cfg.num_layers)):
-        keys[i] = keys[i].at[index, :, :, anchors].set(clean.keys[j][origins])
-        values[i] = values[i].at[index, :, anchors].set(clean.values[j][origins])
-    part = Cache(tuple(keys), tuple(values), anchors + 1)
-    capture = Capture(layers, (anchors + num_new)[:, None])
-    read = extend(params, cfg, part, token_ids, num_new, capture=capture)
-    hidden = jnp.take_along_axis(read.hidden, (num_new - 1)[:, None, None], axis=1)[:, 0]
-    assert read.captured is not None
-    cache = jax.tree.map(
-        lambda whole, rest: whole.at[targets].set(rest, mode="drop"), rows.cache, read.cache
-    )
-    return dataclasses.replace(
-        rows,
-        cache=cache,
-        hidden=rows.hidden.at[targets].set(hidden, mode="drop"),
-        residuals=rows.residuals.at[:, targets].set(read.captured[:, :, 0], mode="drop"),
-    )
+        key = keys[i][origins].at[index, :, :, anchors].set(clean.keys[j][origins])
+        value = values[i][origins].at[index, :, anchors].set(clean.values[j][origins])
+
+        def attend_fn(
+            query: jax.Array, own: KeyValue, key: jax.Array = key, value: jax.Array = value
+        ) -> tuple[jax.Array, KeyValue]:
+            part = Cache((key,), (value,), anchors)
+            written = write_tokens(part, 0, own, columns)
+            return blocks.attend(query, Context(*written, mask)), written
+
+        x, stored = blocks.pre_norm_layer(params["layers"][i], x, rope, cfg.rms_eps, attend_fn)
+        keys[i] = keys[i].at[targets].set(stored[0], mode="drop")
+        values[i] = values[i].at[targets].set(stored[1], mode="drop")
+    return Cache(tuple(keys), tuple(values), cache.lengths)
 
 
 def redo_last(

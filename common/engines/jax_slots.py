@@ -29,7 +29,7 @@ from common.lm.weights import Model
 FIRST_CAPACITY = 256
 """Columns of a fresh cache; it doubles as rows grow."""
 _PROMPT_ROWS = 4  # prompts read in one call, where there are enough of them
-_SEGMENT_BUCKET = 16  # shortest padded segment
+_PROMPT_BUCKET, _SEGMENT_BUCKET = 16, 32  # shortest padded prompt and segment
 
 
 class Slots:
@@ -82,6 +82,7 @@ class Slots:
         self.read = np.zeros(slots, np.int32)
         self.settled = np.zeros(slots, bool)
         self.anchor = np.full(slots, -1, np.int32)
+        self._trails: list[jax.Array | None] = [None] * slots
         self.ledger = Ledger(slots)
 
     # ------------------------------------------------------------------------------------ prompts
@@ -119,12 +120,14 @@ class Slots:
         targets = np.asarray(list(wanted), np.int64)
         self.settled[targets] = True
         self.anchor[targets] = -1
+        for slot in wanted:
+            self._trails[slot] = None
 
     def _read_prompts(self, readers: dict[tuple[int, ...], int]) -> None:
         """Reads each prompt into its slot."""
         by_slot = {slot: prompt for prompt, slot in readers.items()}
         sizes = {slot: len(prompt) for slot, prompt in by_slot.items()}
-        for bucket, group in self._groups(sizes):
+        for bucket, group in self._groups(sizes, _PROMPT_BUCKET, self.rows.cache.capacity):
             size = _PROMPT_ROWS if len(group) > 1 else 1
             token_ids, lengths, targets = pad_prompts(
                 [by_slot[slot] for slot in group], group, bucket, size
@@ -139,13 +142,12 @@ class Slots:
                 cfg=self._cfg,
             )
 
-    def _groups(self, sizes: dict[int, int]) -> list[tuple[int, list[int]]]:
+    @staticmethod
+    def _groups(sizes: dict[int, int], shortest: int, longest: int) -> list[tuple[int, list[int]]]:
         """Slots by padded length, in calls of one row or of up to `_PROMPT_ROWS`."""
         buckets: dict[int, list[int]] = {}
-        capacity = self.rows.cache.capacity
         for slot, size in sizes.items():
-            bucket = bucket_length(size, capacity, _SEGMENT_BUCKET)
-            buckets.setdefault(bucket, []).append(slot)
+            buckets.setdefault(bucket_length(size, longest, shortest), []).append(slot)
         groups = []
         for bucket, slots in sorted(buckets.items()):
             while slots:
@@ -179,50 +181,56 @@ class Slots:
             all(self.tokens[slot] for slot in np.flatnonzero(waiting)),
             "a slot without a row was asked to go on: refill it first",
         )
-        plain = waiting & (self.anchor < 0)
-        if plain.any():
-            last = [ids[-1] if ids else 0 for ids in self.tokens]
-            self.ensure_capacity(int(self.read[plain].max()) + 1)
-            self.rows = read_pending(
-                self._model.params,
-                self.rows,
-                jnp.asarray(last, jnp.int32),
-                jnp.asarray(plain),
-                self._layer_ids,
-                cfg=self._cfg,
-            )
-            self.ledger.add("commit", plain)
-            self.read += plain
-        dirty = np.flatnonzero(waiting & (self.anchor >= 0)).tolist()
-        segments = {slot: self.tokens[slot][self.anchor[slot] + 1 :] for slot in dirty}
-        for bucket, group in self._groups({slot: len(ids) for slot, ids in segments.items()}):
-            self._reread(bucket, group, [segments[slot] for slot in group])
-        self.settled |= waiting
-
-    def _reread(self, bucket: int, slots: list[int], segments: list[list[int]]) -> None:
-        """Reads steered segments again, unsteered; the last token for the first time."""
-        size = _PROMPT_ROWS if len(slots) > 1 else 1
-        token_ids, lengths, targets = pad_prompts(segments, slots, bucket, size)
-        anchors = np.zeros(size, np.int32)
-        anchors[: len(slots)] = self.anchor[slots]
-        self.ensure_capacity(int((anchors + lengths).max()) + 1)
-        self.rows = reread(
+        if not waiting.any():
+            return
+        self.clear_traces(waiting)
+        last = [ids[-1] if ids else 0 for ids in self.tokens]
+        self.ensure_capacity(int(self.read[waiting].max()) + 1)
+        self.rows = read_pending(
             self._model.params,
             self.rows,
-            jnp.asarray(token_ids),
-            jnp.asarray(lengths),
-            jnp.asarray(targets),
-            jnp.asarray(anchors),
-            self._clean,
+            jnp.asarray(last, jnp.int32),
+            jnp.asarray(waiting),
             self._layer_ids,
             cfg=self._cfg,
-            first=self.first,
         )
-        for slot, ids in zip(slots, segments, strict=True):
-            self.ledger.add_one(slot, "reread", len(ids) - 1)
-            self.ledger.add_one(slot, "commit", 1)
-            self.read[slot] = self.anchor[slot] + 1 + len(ids)
+        self.ledger.add("commit", waiting)
+        self.read += waiting
+        self.settled |= waiting
+
+    def clear_traces(self, wanted: np.ndarray) -> None:
+        """Overwrites the traces of steered segments in the wanted rows."""
+        dirty = np.flatnonzero(wanted & (self.anchor >= 0)).tolist()
+        # All tokens of a segment but the last were read behind the trace.
+        counts = {slot: len(self.tokens[slot]) - int(self.anchor[slot]) - 2 for slot in dirty}
+        for trail in {id(self._trails[slot]): self._trails[slot] for slot in dirty}.values():
+            assert trail is not None
+            mine = {s: max(n, 1) for s, n in counts.items() if self._trails[s] is trail}
+            for bucket, group in self._groups(mine, _SEGMENT_BUCKET, trail.shape[1]):
+                self._reread(trail, bucket, group, [counts[slot] for slot in group])
+        for slot in dirty:
             self.anchor[slot] = -1
+            self._trails[slot] = None
+
+    def _reread(self, trail: jax.Array, bucket: int, slots: list[int], counts: list[int]) -> None:
+        """Reads steered segments again, unsteered."""
+        size = _PROMPT_ROWS if len(slots) > 1 else 1
+        padded = np.zeros((3, size), np.int32)
+        padded[1] = -1
+        padded[:, : len(slots)] = counts, slots, self.anchor[slots]
+        cache = reread(
+            self._model.params,
+            self.rows.cache,
+            trail,
+            *(jnp.asarray(values) for values in padded),
+            self._clean,
+            cfg=self._cfg,
+            first=self.first,
+            num_tokens=bucket,
+        )
+        self.rows = dataclasses.replace(self.rows, cache=cache)
+        for slot, count in zip(slots, counts, strict=True):
+            self.ledger.add_one(slot, "reread", count)
 
     # -------------------------------------------------------------------------------------- tools
     def steer(self, steered: np.ndarray, tools: np.ndarray, strengths: np.ndarray) -> jax.Array:
@@ -274,14 +282,25 @@ class Slots:
             jnp.asarray(scale[:, :, None] * self._tools.vectors[tool].astype(np.float32)),
         )
 
-    def append(self, slot: int, token_ids: Sequence[int], steered: bool, scope: str) -> None:
-        """Adds a segment to a row; all its tokens but the last have been read behind a trace."""
+    def append(
+        self, slot: int, token_ids: Sequence[int], steered: bool, trail: jax.Array | None
+    ) -> None:
+        """Adds a segment to a row; all its tokens but the last have been read.
+
+        Args:
+            slot: The slot.
+            token_ids: The segment.
+            steered: Its last token before the segment carries a trace.
+            trail: [S, W, D] residual stream behind layer `first` of what was read, with which the
+                trace is overwritten; None = it stays.
+        """
         start = len(self.tokens[slot])
         if steered:
             if start == len(self._prompts[slot]):
                 self._prompts[slot] = ()  # its last column is no longer the prompt's own
-            if scope == "segment":
+            if trail is not None:
                 self.anchor[slot] = start - 1
+                self._trails[slot] = trail
         self.tokens[slot] += token_ids
         self.settled[slot] = False
 

@@ -15,14 +15,12 @@ from common.engines.jax_decode import (
     DELIMITER,
     EOS,
     RUNNING,
-    Branches,
     Drawing,
     Ends,
     Entry,
-    adopt_null,
     decode_chunk,
-    probe_branches,
 )
+from common.engines.jax_probe import Branches, adopt_null, probe_branches
 from common.engines.jax_slots import Slots
 from common.lm.weights import Model
 
@@ -92,6 +90,8 @@ class JaxStream:
         self.settings = settings
         self._model, self._cfg, self._chunk = model, model.cfg, chunk
         self._slots = Slots(model, settings, tools, mesh)
+        overwritten = settings.scope == "segment" and bool(tools.names)
+        self._trail_layer = self._slots.first if overwritten else None
         decoding = settings.decoding
         self._drawing = Drawing(decoding.temperature, decoding.top_p)
         self._automaton = automaton
@@ -211,7 +211,8 @@ class JaxStream:
         steered = active & (tools != NO_TOOL)
         check_budgets(self._slots.tokens, budgets, self.settings.capacity)
         # Unsteered rows go on from their unread token; the others need its clean state first.
-        self._slots.settle(steered | (active & (self._slots.anchor >= 0)))
+        self._slots.settle(steered)
+        self._slots.clear_traces(active)
         segment = self._begin(active & ~steered, budgets, until_delimiter)
         first_hidden = self._slots.rows.hidden
         if steered.any():
@@ -220,12 +221,14 @@ class JaxStream:
         remaining -= np.where(remaining > 0, [len(ids) for ids in segment.tokens], 0)
         # Rows whose probe was adopted have an unread token although they were settled.
         fresh = self._slots.settled & (np.asarray([not ids for ids in segment.tokens]))
-        self._run(segment, first_hidden, fresh, remaining, until_delimiter, quorum, max_chunks)
+        ends = until_delimiter, quorum, max_chunks
+        trails = self._run(segment, first_hidden, fresh, remaining, *ends)
+        trail = _join(trails) if steered.any() and self._trail_layer is not None else None
         results: list[Rollout | None] = [None] * self.settings.slots
         for slot in np.flatnonzero(active):
             ids = segment.tokens[slot]
             results[slot] = Rollout(ids, segment.log_probs[slot], _FINISH[segment.ended[slot]])
-            self._slots.append(slot, ids, bool(steered[slot]), self.settings.scope)
+            self._slots.append(slot, ids, bool(steered[slot]), trail)
             self._drawn[slot] += len(ids)
         if self._null is not None:
             self._null.lengths[active] = 0
@@ -268,8 +271,13 @@ class JaxStream:
         until: np.ndarray,
         quorum: int,
         max_chunks: int | None,
-    ) -> None:
-        """Decodes chunk after chunk and puts the tokens into the segment."""
+    ) -> list[jax.Array]:
+        """Decodes chunk after chunk and puts the tokens into the segment.
+
+        Returns:
+            The chunks' trails.
+        """
+        trails: list[jax.Array] = []
         drawn = self._drawn + np.asarray([len(ids) for ids in segment.tokens], np.int32)
         chunks = 0
         while (remaining > 0).sum() >= quorum and (max_chunks is None or chunks < max_chunks):
@@ -286,7 +294,7 @@ class JaxStream:
                 limits=jnp.asarray(remaining, jnp.int32),
                 until=jnp.asarray(until),
             )
-            cache, chunk = decode_chunk(
+            cache, chunk, trail = decode_chunk(
                 self._model.params,
                 self._slots.rows.cache,
                 first_hidden,
@@ -297,7 +305,9 @@ class JaxStream:
                 cfg=self._cfg,
                 drawing=self._drawing,
                 num_tokens=self._chunk,
+                trail_layer=self._trail_layer,
             )
+            trails.append(trail)
             self._slots.rows = dataclasses.replace(self._slots.rows, cache=cache)
             tokens, log_probs, lengths, state, ended = jax.device_get(tuple(chunk))
             for slot in np.flatnonzero(lengths):
@@ -311,6 +321,7 @@ class JaxStream:
             drawn = drawn + lengths
             remaining = np.where(running & (ended == RUNNING), remaining - lengths, 0)
             fresh = fresh & (lengths == 0)
+        return trails
 
     def _endings(self, segment: Segment) -> list[tuple[list[int], list[int]]]:
         """Per slot the last token of the segment and of the row, as lists of at most one."""
@@ -318,3 +329,13 @@ class JaxStream:
             (ids[-1:], whole[-1:])
             for ids, whole in zip(segment.tokens, self._slots.tokens, strict=True)
         ]
+
+
+def _join(trails: list[jax.Array]) -> jax.Array:
+    """Trails of a segment's chunks as one [S, W, D], W a power of two.
+
+    Steered rows draw their first token without reading one, so their first chunk is one short.
+    """
+    whole = jnp.concatenate([trails[0][:, :-1], *trails[1:]], axis=1)
+    width = 1 << whole.shape[1].bit_length()
+    return jnp.pad(whole, ((0, 0), (0, width - whole.shape[1]), (0, 0)))

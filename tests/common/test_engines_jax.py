@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from common.engines import jax_decode, jax_rows, jax_slots
+from common.engines import jax_decode, jax_probe, jax_rows, jax_slots
 from common.engines.base import NO_TOOL, Decoding, Toolbox, Work
 from common.engines.jax_engine import JaxEngine
 from common.errors import UserError
@@ -17,8 +17,8 @@ NO = NO_TOOL
 CFG = dataclasses.replace(BASE, num_layers=3)
 PROGRAMS = (
     jax_decode.decode_chunk,
-    jax_decode.probe_branches,
-    jax_decode.adopt_null,
+    jax_probe.probe_branches,
+    jax_probe.adopt_null,
     jax_rows.read_prompts,
     jax_rows.copy_prompts,
     jax_rows.read_pending,
@@ -136,9 +136,10 @@ def test_unsteered_segments_are_plain_decoding(engine, tools, probed):
         assert bool(work.probe_reused) == probed
 
 
-def test_a_cleared_segment_equals_a_fresh_stream(engine, tools):
+def test_a_cleared_segment_equals_a_fresh_stream(engine, model, tools):
     """The next state, the next probe and the next segment know nothing of the steering."""
-    stream = engine.open(cases.settings(), tools)
+    pieces = JaxEngine(model, cases.token_bytes(CFG.vocab_size), chunk=3)
+    stream = pieces.open(cases.settings(), tools)
     stream.refill(range(3), PROMPTS, range(3))
     first = stream.commit(
         np.asarray([0, 1, 2]), np.full(3, 2.0, np.float32), np.full(3, 7), np.full(3, True)
