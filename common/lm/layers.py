@@ -13,11 +13,14 @@ A layer's parameters are one dict
 and a stack of layers is the same dict with a leading layer axis, run by `jax.lax.scan`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+from common.lm.lora import LoraKernel
 
 Params = Mapping[str, Any]
 UNROLL_LAYERS = 8
@@ -76,18 +79,24 @@ def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype.
+def dense(x: jax.Array, kernel: jax.Array | LoraKernel) -> jax.Array:
+    """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; plus an adapter's part.
 
     The leading axes are merged first: on CPU a weight gradient that contracts over two axes is
     more than twice as slow as the same gradient of a plain matrix product.
     """
+    if isinstance(kernel, LoraKernel):
+        y = dense(x, kernel.base)
+        return y + kernel.delta(x).reshape(y.shape)
     flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
     return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
-def merge_heads(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def merge_heads(x: jax.Array, kernel: jax.Array | LoraKernel) -> jax.Array:
     """x [B, L, H, K] times the output kernel [H, K, D] -> [B, L, D]."""
+    if isinstance(kernel, LoraKernel):
+        base = kernel.base.reshape(-1, kernel.base.shape[-1])
+        return dense(x.reshape(*x.shape[:-2], -1), dataclasses.replace(kernel, base=base))
     return dense(x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1]))
 
 
