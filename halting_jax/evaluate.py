@@ -159,7 +159,7 @@ class Evaluator:
         return SetResult(
             name=name,
             metrics=self._finalize(metrics),
-            ponder=ponder_report(sums),
+            ponder=ponder_report(sums, self._model.max_steps),
             losses={
                 "classification": float(loss.total / max(loss.count, 1)),
                 "ponder": mean_ponder,
@@ -204,7 +204,7 @@ class Evaluator:
             classification(task, outputs.logits, batch),
             ponder_ratio(ponder, self._reduce),
             metrics,
-            ponder_sums(ponder, self._model.max_steps),
+            ponder_sums(ponder, max(self._model.max_steps, self._fixed_steps)),
         )
         return sums, results
 

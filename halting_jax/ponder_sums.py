@@ -19,7 +19,7 @@ class PonderSums:
       cost: [] sum of N + R (or remainder + updates).
       remainder, remainder_square: [] of the mass given to the last step.
       forced: [] calls stopped by the limit alone.
-      histogram: int32 [M + 1], calls by number of steps; more than M count as M.
+      histogram: int32 [K + 1], calls by number of steps; more than K count as K.
       mass: float [M], accumulated mass after each inner step ([0] without one).
       executed: [] inner steps computed, batches: [] batches behind these sums.
     """
@@ -35,18 +35,18 @@ class PonderSums:
     batches: jax.Array
 
 
-def ponder_sums(ponder: Ponder, max_steps: int) -> PonderSums:
+def ponder_sums(ponder: Ponder, most: int) -> PonderSums:
     """Adds up a batch on device.
 
     Args:
       ponder: [B, C] arrays.
-      max_steps: M, static.
+      most: K, the most steps a call can take, static; with fixed steps it may be above the limit.
     """
     mask = ponder.mask
     rem = jax.lax.stop_gradient(jnp.where(mask, ponder.remainder, 0.0))
-    steps = jnp.clip(jnp.round(ponder.steps), 0, max_steps).astype(jnp.int32)
+    steps = jnp.clip(jnp.round(ponder.steps), 0, most).astype(jnp.int32)
     # Comparisons, not a scatter: M is small and a scatter of B * C ones is slow on CPU.
-    hits = (steps[..., None] == jnp.arange(max_steps + 1)) & mask[..., None]  # [B, C, M + 1]
+    hits = (steps[..., None] == jnp.arange(most + 1)) & mask[..., None]  # [B, C, K + 1]
     return PonderSums(
         calls=jnp.sum(mask, dtype=jnp.int32),
         cost=jax.lax.stop_gradient(jnp.sum(jnp.where(mask, ponder.cost, 0.0))),
@@ -60,18 +60,26 @@ def ponder_sums(ponder: Ponder, max_steps: int) -> PonderSums:
     )
 
 
-def ponder_report(sums: PonderSums) -> dict[str, Any]:
+def ponder_report(sums: PonderSums, max_steps: int = 0) -> dict[str, Any]:
     """Means, quantiles and the halting curve from sums on the host.
+
+    Args:
+      sums: of any number of batches.
+      max_steps: M, the limit of the model; 0 = the K of the sums.
 
     Returns:
       ponder_mean, steps, steps_p50, steps_p90 (linear interpolation), remainder_mean and
       remainder_std (population), halt_natural_ratio, halt_forced_ratio,
-      mean_inner_steps_executed, accumulated_p [M] and n_updates_hist [M] (index i: i + 1 steps).
+      mean_inner_steps_executed, accumulated_p [M] and n_updates_hist [M] (index i: i + 1 steps;
+      more than M count as M).
     """
     calls = max(int(sums.calls), 1)
     histogram = np.asarray(sums.histogram, np.int64)
     mean = float(sums.remainder) / calls
     forced = float(sums.forced) / calls
+    limit = max_steps or len(histogram) - 1
+    updates = histogram[1 : limit + 1].copy()
+    updates[-1] += histogram[limit + 1 :].sum()
     return {
         "ponder_mean": float(sums.cost) / calls,
         "steps": float(histogram @ np.arange(len(histogram))) / calls,
@@ -83,7 +91,7 @@ def ponder_report(sums: PonderSums) -> dict[str, Any]:
         "halt_forced_ratio": forced,
         "mean_inner_steps_executed": float(sums.executed) / max(int(sums.batches), 1),
         "accumulated_p": np.asarray(sums.mass, float) / calls,
-        "n_updates_hist": histogram[1:],
+        "n_updates_hist": updates,
     }
 
 

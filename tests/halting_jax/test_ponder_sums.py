@@ -61,3 +61,13 @@ def test_nothing_counted_is_no_error() -> None:
     empty = _ponder(0, 2, 4).replace(mask=jnp.zeros((2, 3), bool))  # type: ignore[attr-defined]
     report = ponder_report(jax.device_get(ponder_sums(empty, 4)))
     assert report["steps"] == 0.0 and report["steps_p90"] == 0.0
+
+
+def test_fixed_steps_above_the_limit_are_told_as_they_are() -> None:
+    ponder = _ponder(2, 6, 9)
+    steps = np.asarray(ponder.steps)[np.asarray(ponder.mask)]
+    report = ponder_report(jax.device_get(ponder_sums(ponder, 9)), max_steps=4)
+    assert report["steps"] == pytest.approx(steps.mean()) and steps.max() > 4
+    assert report["steps_p90"] == pytest.approx(np.quantile(steps, 0.9))
+    clipped = np.minimum(steps, 4).astype(int)
+    assert report["n_updates_hist"].tolist() == np.bincount(clipped, minlength=5)[1:].tolist()

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from halting_jax import ut_act
-from halting_jax.ponder_stats import masked_quantile, ponder_stats, steps_histogram
+from halting_jax.ponder_sums import ponder_report, ponder_sums
 from halting_jax.signals import Signals, make_signals, sinusoids
-from halting_jax.types import Batch, Outputs, TaskShape
+from halting_jax.types import Batch, Outputs, Ponder, TaskShape
 from halting_jax.universal_transformer import (
     encode,
     halting_rule,
@@ -32,6 +32,12 @@ from tests.parity.fixtures import fixture_root
 
 IGNORED = -100  # target of positions that are not scored, in the recordings
 PAD = 0
+STATISTICS = {  # recorded name: ours
+    "mean_steps": "steps",
+    "steps_p50": "steps_p50",
+    "steps_p90": "steps_p90",
+    "forced_halt_ratio": "halt_forced_ratio",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +211,16 @@ def test_outputs_and_gradients(path: Path, bits: int) -> None:
     def objective(params: Any, batch: Batch, signals: Signals | None) -> Any:
         outputs = forward(c, params, batch, signals)
         classification, ponder = loss(c, outputs, batch)
-        stats = ponder_stats(outputs.ponder, c.settings.max_hops)
-        return classification + ponder, (outputs, classification, ponder, stats)
+        most = max(c.settings.max_hops, c.fixed_steps)
+        sums = ponder_sums(outputs.ponder, most)
+        return classification + ponder, (outputs, classification, ponder, sums)
 
     with precision(bits):
         params = import_ut(under(c.arrays, "param"), c.shape, c.settings)
         params, batch = jax.tree.map(lambda x: _cast(x, dtype), (params, c.batch))
         run = jax.jit(jax.value_and_grad(objective, has_aux=True))
         results, grads = run(params, batch, signals if bits == 64 else None)
-        total, (outputs, classification, ponder, stats) = jax.device_get(results)
+        total, (outputs, classification, ponder, sums) = jax.device_get(results)
         grads = export_ut(jax.device_get(grads), c.shape, c.settings)
 
     assert outputs.logits.dtype == dtype
@@ -221,15 +228,16 @@ def test_outputs_and_gradients(path: Path, bits: int) -> None:
     recorded = under(c.arrays, "stat")
     if not np.all(outputs.ponder.mask):
         return  # the recorded statistics count padding
-    for name in ("mean_steps", "steps_p50", "steps_p90", "forced_halt_ratio"):
+    report = ponder_report(sums, c.settings.max_hops)
+    for name, ours in STATISTICS.items():
         if name in recorded:
-            np.testing.assert_allclose(stats[name], recorded[name], rtol=0, atol=1e-6)
+            np.testing.assert_allclose(report[ours], recorded[name], rtol=0, atol=1e-6)
     for name in ("remainder_mean", "remainder_std"):
         if name in recorded:
-            np.testing.assert_allclose(stats[name], recorded[name], **tolerance)
+            np.testing.assert_allclose(report[name], recorded[name], **tolerance)
     # Without halting the toy tasks recorded an empty histogram.
     if "n_updates_histogram" in recorded and np.any(recorded["n_updates_histogram"]):
-        np.testing.assert_array_equal(stats["n_updates_histogram"], recorded["n_updates_histogram"])
+        np.testing.assert_array_equal(report["n_updates_hist"], recorded["n_updates_histogram"])
 
 
 def _cast(x: Any, dtype: Any) -> Any:
@@ -335,12 +343,18 @@ def test_step_statistics(path: Path) -> None:
     # Calls that do not count must not show.
     padded = jnp.concatenate([steps, jnp.full_like(steps, 3)])
     mask = jnp.arange(len(padded))[:, None] < len(steps)
-    mask = jnp.broadcast_to(mask, padded.shape)
-    np.testing.assert_array_equal(
-        steps_histogram(padded, mask, meta["max_hops"]), arrays["out/histogram"]
+    ponder = Ponder(
+        cost=padded,
+        steps=padded,
+        remainder=padded,
+        forced=padded > 0,
+        mask=jnp.broadcast_to(mask, padded.shape),
+        mass=jnp.zeros(0),
+        executed=jnp.int32(0),
     )
-    for name, q in (("steps_p50", 0.5), ("steps_p90", 0.9)):
-        value = masked_quantile(padded, mask, q)
-        np.testing.assert_allclose(value, arrays[f"out/{name}"], rtol=0, atol=1e-6)
-    mean = jnp.sum(jnp.where(mask, padded, 0)) / jnp.sum(mask)
-    np.testing.assert_allclose(mean, arrays["out/mean_steps"], rtol=0, atol=1e-6)
+    sums = jax.device_get(ponder_sums(ponder, int(steps.max())))
+    report = ponder_report(sums, meta["max_hops"])
+    np.testing.assert_array_equal(report["n_updates_hist"], arrays["out/histogram"])
+    for name in ("mean_steps", "steps_p50", "steps_p90"):
+        value, wanted = report[STATISTICS[name]], arrays[f"out/{name}"]
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-6)
