@@ -123,19 +123,13 @@ def _wait(running: Sequence[subprocess.Popen[bytes]], stopped: Sequence[int]) ->
 
     failed: int | None = None
     deadline = float("inf")
-    while any(process.poll() is None for process in running):
-        ended = [process.returncode for process in running if process.returncode is not None]
-        bad = [status for status in ended if not good(status)]
+    while None in (ended := [process.poll() for process in running]):
+        bad = [status for status in ended if status is not None and not good(status)]
         if bad and failed is None:
             failed = bad[0]
             deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
-            for process in running:
-                if process.poll() is None:
-                    process.terminate()
-            deadline = time.monotonic() + GRACE_S
-            if any(process.poll() is None for process in running) and failed is not None:
-                _end(running)
+            _end(running)
         time.sleep(0.05)
     statuses = [process.returncode for process in running]
     bad = [status for status in statuses if not good(status)]
@@ -146,10 +140,14 @@ def _wait(running: Sequence[subprocess.Popen[bytes]], stopped: Sequence[int]) ->
 
 
 def _end(running: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Waits a moment for SIGTERM to be obeyed (a save may be under way), then kills."""
+    """SIGTERM, a moment to obey it (a save may be under way), then SIGKILL."""
+    for process in running:
+        if process.poll() is None:
+            process.terminate()
     limit = time.monotonic() + GRACE_S
-    while time.monotonic() < limit and any(process.poll() is None for process in running):
+    while time.monotonic() < limit and None in [process.poll() for process in running]:
         time.sleep(0.05)
     for process in running:
         if process.poll() is None:
             process.kill()
+            process.wait()

@@ -109,7 +109,10 @@ def _tree(mesh: Mesh) -> tuple[Any, Any]:
         "whole": dist.replicated(mesh),
         "key": dist.replicated(mesh),
     }
-    state = dist.place(host, places) | {"on the host": np.arange(5), "empty": np.zeros((0, 2), np.float32)}
+    state = dist.place(host, places) | {
+        "on the host": np.arange(5),
+        "empty": np.zeros((0, 2), np.float32),
+    }
     blank = jax.tree.map(lambda x: x if x.ndim == 0 else np.zeros_like(x), host)
     blank["key"] = jax.random.key(0)
     return state, dist.place(blank, places) | {
@@ -184,7 +187,7 @@ def primitives(mesh: Mesh) -> Arrays:
         else:
             raise AssertionError("the error did not reach this process")
     dist.barrier("together")
-    if number == count - 1:  # one waits where the others never come
+    if number == count - 1 > 0:  # one waits where the others never come
         try:
             dist.barrier("alone", timeout_s=0.3)
         except Interrupted as error:

@@ -47,7 +47,7 @@ def start_group(
     ]
 
 
-def finish(group: Sequence[subprocess.Popen[str]], timeout_s: float = 280) -> list[tuple[int, str]]:
+def finish(group: Sequence[subprocess.Popen[str]], timeout_s: float = 800) -> list[tuple[int, str]]:
     """Waits for a group: (status, output) of each; kills all of them when one hangs."""
     limit = time.monotonic() + timeout_s
     results = []

@@ -12,7 +12,10 @@ import pytest
 from tests.common import group_work
 from tests.common.groups import run_group
 
-TASKS = {2: ("reoac", "halting_fsdp", "save", "primitives"), 4: ("reoac_fsdp", "halting")}
+# Compiling is most of the time: the other halves of these are among the slow tests below.
+TASKS = {2: ("reoac_fsdp", "save", "primitives"), 4: ("halting_fsdp",)}
+MORE = {2: ("halting", "halting_fsdp"), 4: ("reoac", "reoac_fsdp", "primitives")}
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +35,35 @@ def same(directory: Path, task: str, reference: group_work.Arrays) -> None:
             np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["reoac", "halting"])
-def test_training_steps(directory: Path, name: str) -> None:
+def check(directory: Path, name: str, groups: dict[int, tuple[str, ...]]) -> None:
     reference = group_work.work(name, directory)
     assert reference is not None
-    for tasks in TASKS.values():
-        for task in tasks:
-            if task.startswith(name):
-                same(directory, task, reference)
+    found = [task for tasks in groups.values() for task in tasks if task.startswith(name)]
+    assert found
+    for task in found:
+        same(directory, task, reference)
+
+
+@pytest.mark.parametrize("name", ["reoac", "halting"])
+def test_training_steps(directory: Path, name: str) -> None:
+    check(directory, name, TASKS)
+
+
+@pytest.mark.slow
+def test_training_steps_of_other_groups(tmp_path: Path) -> None:
+    for count, tasks in MORE.items():
+        run_group(count, ["-m", "tests.common.group_work", str(tmp_path), *tasks])
+        for name in ("reoac", "halting"):
+            if any(task.startswith(name) for task in tasks):
+                check(tmp_path, name, {count: tasks})
+
+
+@pytest.mark.slow
+def test_two_devices_in_each_of_two_processes(tmp_path: Path) -> None:
+    tasks = ("halting", "reoac_fsdp", "primitives")
+    run_group(2, ["-m", "tests.common.group_work", str(tmp_path), *tasks], devices=2)
+    for name in ("reoac", "halting"):
+        check(tmp_path, name, {2: tasks})
 
 
 def test_a_checkpoint_of_two_is_restored_by_four_and_by_one(directory: Path) -> None:

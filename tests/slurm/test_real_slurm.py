@@ -5,6 +5,7 @@ Run with `make test-slurm`. Skipped, with the reason, where such a controller ca
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.launch.runs import REPOSITORY, assert_close_runs, metrics
+from tests.launch.runs import REPOSITORY, arrays, metrics
 from tests.slurm.cluster import Cluster, private_cluster, why_not
 
 pytestmark = [
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible"),
 ]
 TRAIN = str(REPOSITORY / "launch" / "slurm_train.sbatch")
-STEPS = 6000  # one call and one row each: about a minute on two idle cores
+# One call and one row each: about a minute on two idle cores; fewer on a slower or busy machine.
+STEPS = int(os.environ.get("SLURM_TEST_STEPS", "6000"))
 RUN = (
     "halting_jax.main",
     "--config=configs/halting_parity.py:tiny",
@@ -127,8 +129,15 @@ def test_a_job_that_meets_its_time_limit_goes_on(cluster: Cluster, tmp_path: Pat
         "sbatch", "--wait", "-N2", "--ntasks-per-node=1", f"--output={tmp_path}/whole.txt",
         TRAIN, *RUN, f"--workdir={whole}", JAX_PLATFORMS="cpu",
     )  # fmt: skip
-    assert metrics(stopped) == metrics(whole)
-    assert_close_runs(stopped, whole, rtol=0, atol=0)
+    # The norm of the gradient is the one value that XLA's CPU threads may add in another order.
+    norm = "debug/grad_norm"
+    for row, want in zip(metrics(stopped), metrics(whole), strict=True):
+        assert row[norm] == pytest.approx(want[norm], rel=1e-6)
+        assert row | {norm: 0} == want | {norm: 0}
+    left, right = arrays(stopped), arrays(whole)
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
     assert len(metrics(whole)) == STEPS
     seconds = time.monotonic() - begun
     print(f"\nstopped at step {reached} of {STEPS}, restarted once, equal; {seconds:.0f} s")
