@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -58,6 +59,7 @@ class Evaluation:
         examples: the questions.
         sessions: models, loaded when needed.
         monitor: log and progress.
+        label: names the directory of a method, None = `directory_name`.
     """
 
     config: ConfigDict
@@ -66,11 +68,17 @@ class Evaluation:
     examples: list[TaskExample]
     sessions: Sessions
     monitor: Monitor
+    label: Callable[[str], str] | None = None
 
     @property
     def max_tokens(self) -> int:
         """T."""
         return int(self.config.decode.max_new_tokens)
+
+    def directory(self, method: str) -> Path:
+        """Where a method's results go."""
+        name = self.label(method) if self.label else directory_name(self.config, method)
+        return self.run.eval / name
 
 
 def evaluate(
@@ -208,8 +216,7 @@ def open_results(evaluation: Evaluation, method: str, memory_digest: str) -> Res
     settings["prompt"] = evaluation.sessions.prompt_record
     if method not in SAMPLED:
         settings["memory"] = memory_digest
-    directory = evaluation.run.eval / directory_name(config, method)
-    return Results(directory, settings, evaluation.examples)
+    return Results(evaluation.directory(method), settings, evaluation.examples)
 
 
 def write_tables(evaluation: Evaluation) -> None:
@@ -342,14 +349,12 @@ def _show(
 
 
 def _has(evaluation: Evaluation, method: str) -> bool:
-    name = directory_name(evaluation.config, method)
-    return (evaluation.run.eval / name / "summary.jsonl").is_file()
+    return (evaluation.directory(method) / "summary.jsonl").is_file()
 
 
 def _read(evaluation: Evaluation, method: str) -> list[dict[str, Any]]:
-    name = directory_name(evaluation.config, method)
     wanted = {example.id for example in evaluation.examples}
-    rows = read_jsonl(evaluation.run.eval / name / "per_example.jsonl")
+    rows = read_jsonl(evaluation.directory(method) / "per_example.jsonl")
     return [row for row in rows if row["example_id"] in wanted]
 
 

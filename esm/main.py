@@ -85,6 +85,10 @@ def main(argv: list[str]) -> int:
         config.outputs.run_id = given.run_id
     if given.max_new_tokens:
         config.decode.max_new_tokens = given.max_new_tokens
+    if given.stage == "case":
+        from esm.case import case_config
+
+        config = case_config(config, given)
     for warning in finalize(config):
         log.warning(warning)
     if given.stage == "suite":

@@ -52,7 +52,7 @@ _TEMPLATES: dict[str, str] = {
         "Question: {question}"
     ),
 }
-_FEW_SHOT = {"problems_0shot": 0, "problems_3shot": 3}
+_FEW_SHOT = {"problems_0shot": 0, "problems_1shot": 1, "problems_3shot": 3}
 TEMPLATES = (*_TEMPLATES, *_FEW_SHOT)
 _ALIASES = {
     "svamp_0shot": "gsm8k_0shot",

@@ -59,6 +59,8 @@ class Results:
         rows = read_jsonl(self.path) if self.path.is_file() else []
         wanted = {example.id for example in examples}
         self._rows = {row["example_id"]: row for row in rows if row["example_id"] in wanted}
+        # Of a run over more questions: kept, but not part of this summary.
+        self._others = [row for row in rows if row["example_id"] not in wanted]
 
     @property
     def missing(self) -> list[TaskExample]:
@@ -99,7 +101,8 @@ class Results:
             max_tokens: T.
         """
         rows = self.rows
-        atomic_write(self.path, "".join(json_text(row) + "\n" for row in rows))
+        lines = (json_text(row) + "\n" for row in (*rows, *self._others))
+        atomic_write(self.path, "".join(lines))
         summary = summarize(rows, max_tokens) | {"wall_s": round(self._seconds, 3)}
         atomic_write(self.directory / SUMMARY, json_text(summary) + "\n")
         return summary

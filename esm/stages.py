@@ -91,7 +91,7 @@ def _tune(config: ConfigDict, run: Run, sessions: Sessions, monitor: Monitor, gi
     from esm.tune import tune
 
     del given
-    tune(config, run, sessions, monitor)
+    tune(config, run, sessions, monitor, lambda: runs.write_config(config, run, "tune"))
 
 
 def _select(config: ConfigDict, run: Run, sessions: Sessions, monitor: Monitor, given: Any) -> None:
