@@ -15,23 +15,30 @@ Tree = TypeVar("Tree")
 
 
 def make_schedule(
-    learning_rate: float, *, warmup: int = 0, schedule: str = "constant", total_steps: int = 0
+    learning_rate: float,
+    *,
+    warmup: int = 0,
+    schedule: str = "constant",
+    total_steps: int = 0,
+    final: float = 0.0,
 ) -> Callable[[Any], jax.Array]:
     """Makes the learning rate as a function of the number of updates done.
 
     rate(n) = learning_rate * min(1, (n + 1) / warmup) * decay(n); the cosine decay falls from 1 at
-    the end of the warm-up to 0 at `total_steps`. The first update already moves.
+    the end of the warm-up to `final` at `total_steps`. The first update already moves.
 
     Args:
         learning_rate: the peak rate.
         warmup: updates of the linear rise, 0 for none.
         schedule: `constant` or `cosine`.
         total_steps: updates of the whole run; needed by `cosine`.
+        final: share of the peak rate at the end, in [0, 1].
 
     Raises:
         UserError: for values out of range.
     """
     require(learning_rate >= 0, f"learning rate must not be negative, got {learning_rate}")
+    require(0.0 <= final <= 1.0, f"the final share of the rate must lie in [0, 1], got {final}")
     require(warmup >= 0, f"warmup must not be negative, got {warmup}")
     require(
         schedule in SCHEDULES, f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}"
@@ -48,7 +55,8 @@ def make_schedule(
             value = value * jnp.minimum(1.0, (n + 1.0) / warmup)
         if schedule == "cosine":
             progress = jnp.clip((n - warmup) / (total_steps - warmup), 0.0, 1.0)
-            value = value * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+            decay = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+            value = value * (final + (1.0 - final) * decay)
         return value
 
     return rate
@@ -64,6 +72,7 @@ def make_optimizer(
     warmup: int = 0,
     schedule: str = "constant",
     total_steps: int = 0,
+    final: float = 0.0,
     decay_mask: Any = None,
     norm: Callable[[Any], jax.Array] = optax.global_norm,
 ) -> optax.GradientTransformation:
@@ -78,6 +87,7 @@ def make_optimizer(
         warmup: see `make_schedule`.
         schedule: see `make_schedule`.
         total_steps: see `make_schedule`.
+        final: see `make_schedule`.
         decay_mask: tree of booleans (or a function of the parameters), True = decays; None = all.
         norm: of the whole gradient, where a device sees only a share (`common.fsdp`).
 
@@ -91,7 +101,9 @@ def make_optimizer(
     require(eps > 0, f"eps must be positive, got {eps}")
     require(weight_decay >= 0, f"weight decay must not be negative, got {weight_decay}")
     require(grad_clip >= 0, f"grad_clip must not be negative (0 = off), got {grad_clip}")
-    rate = make_schedule(learning_rate, warmup=warmup, schedule=schedule, total_steps=total_steps)
+    rate = make_schedule(
+        learning_rate, warmup=warmup, schedule=schedule, total_steps=total_steps, final=final
+    )
     adamw = optax.adamw(
         rate, b1=betas[0], b2=betas[1], eps=eps, weight_decay=weight_decay, mask=decay_mask
     )

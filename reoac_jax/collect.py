@@ -58,8 +58,8 @@ def roll_out_and_grade(
         if grade_trials and episodes.branches is not None:
             ends = dist.local_rows(episodes.branches.final_ids)  # [own rows, S, K, G]
             each = ends.shape[1] * ends.shape[2]
-            golds = [gold for gold in golds for _ in range(each)]
-            trials.append(grader.submit(ends.reshape(-1, ends.shape[-1]), golds))
+            repeated = [gold for gold in golds for _ in range(each)]
+            trials.append(grader.submit(ends.reshape(-1, ends.shape[-1]), repeated))
 
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
@@ -87,11 +87,13 @@ def roll_out_and_grade(
         reward = dist.shard_batch(mesh, outcome) * tried
         branches = dataclasses.replace(joined.branches, reward=reward)
         joined = dataclasses.replace(joined, branches=branches)
-    failed = dist.gather_rows(np.array([sum(g.num_failed for g in graded)]))
+    counts = [[sum(g.num_failed for g in graded), sum(g.num_timeouts for g in graded)]]
+    failed, late = dist.gather_rows(np.array(counts)).sum(0)
     return joined, Graded(
         texts=[text for g in graded for text in g.texts],
         rewards=np.ascontiguousarray(rewards.T).reshape(-1),
-        num_failed=int(failed.sum()),
+        num_failed=int(failed),
+        num_timeouts=int(late),
     )
 
 

@@ -8,7 +8,9 @@ the original that it read but never used are not carried over (an unknown key is
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from common.answers.paper_parsers import parser_name
 from common.errors import UserError
+from reoac_jax.records import TASKS
 from reoac_jax.types import OPERATORS
 
 ALGORITHMS = ("paper", "plus")
@@ -183,6 +185,7 @@ def get_default_config() -> ConfigDict:
     c.eval.batch_size = 128
     c.eval.limit = 0  # 0 = all
     c.eval.verifier = "robust"  # robust | paper
+    c.eval.math_parser = "sympy"  # verifier=paper: sympy | latex2sympy2 | sympy_latex | auto
     c.reward = ConfigDict()
     c.reward.mode = "strict"  # strict | shaped
     c.reward.verifier = "robust"
@@ -216,7 +219,11 @@ def get_default_config() -> ConfigDict:
     c.pretrain.stage_max_ops = (1, 2, 4)  # longest problems of each stage
     c.pretrain.batch_size = 64
     c.pretrain.corpus_size = 60000  # generated problems per stage
+    c.pretrain.init_from = ""  # "" = random weights; else a language model: a directory or smollm2
+    c.pretrain.decoder_layers = 0  # of an adapted model; 0 = half of its layers
+    c.pretrain.block_size = 4  # of an adapted model
     c.pretrain.lr = 2e-3
+    c.pretrain.final_lr = 0.0  # share of lr at the end of the cosine
     c.pretrain.warmup = 200
     c.pretrain.weight_decay = 0.01
     c.pretrain.grad_clip = 1.0
@@ -266,7 +273,8 @@ def finalize(config: ConfigDict) -> list[str]:
     _one_of(c.losses.advantage_scale, ("batch", "group"), "losses.advantage_scale")
     _one_of(c.parallel.mode, ("jit", "pmap"), "parallel.mode")
     _one_of(c.rollout.branch_horizon, ("end", "depth"), "rollout.branch_horizon")
-    _one_of(c.dataset.task, ("gsm8k",), "dataset.task")
+    _one_of(c.dataset.task, TASKS, "dataset.task")
+    parser_name(c.eval.math_parser)
     if c.parallel.fsdp and c.parallel.mode != "jit":
         raise UserError("config key parallel.fsdp=True needs parallel.mode=jit")
     for key in (

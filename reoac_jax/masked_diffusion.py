@@ -75,7 +75,45 @@ def canvas_loss(
     noised, hidden = noise_canvas(noise_key, t, target, backbone.mask_id)
     context = backbone.begin(params, canvas)
     scores = backbone.score(params, context, canvas, noised, t)
-    logits = backbone.logits(params, scores.hidden)
+    return _masked_cross_entropy(backbone.logits(params, scores.hidden), target, hidden)
+
+
+def blockwise_canvas_loss(
+    network: e2d2.E2D2Config,
+    params: Params,
+    backbone: Backbone,
+    canvas: Canvas,
+    target: jax.Array,
+    key: jax.Array,
+    n: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Masked cross-entropy of a blockwise E2D2: the encoder reads the clean answer, the decoder
+    denoises each block given the clean blocks before it; one noise level per block.
+
+    Arguments and metrics as of `canvas_loss`.
+    """
+    t_key, noise_key = jax.random.split(key)
+    clean = canvas.with_gen(target)
+    row = canvas.row_id.astype(jnp.int32) % n
+    t = blockwise_t(t_key, n, row, clean.tokens.shape[1], network.block_size)  # [B, L]
+    level = jnp.take_along_axis(t, canvas.gen_index, axis=1)
+    noised, hidden = noise_canvas(noise_key, level, target, backbone.mask_id)
+    states, _ = e2d2.blockwise_hidden(
+        params,
+        network,
+        clean.tokens,
+        canvas.with_gen(noised).tokens,
+        canvas.attention_mask,
+        canvas.context_mask,
+    )
+    states = e2d2.take_positions(states, canvas.gen_index)
+    return _masked_cross_entropy(backbone.logits(params, states), target, hidden)
+
+
+def _masked_cross_entropy(
+    logits: jax.Array, target: jax.Array, hidden: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy of target [B, G] at the hidden positions of logits [B, G, V]."""
     log_norm = jax.nn.logsumexp(logits, axis=-1)
     gold = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     weight = hidden.astype(jnp.float32)
@@ -116,6 +154,8 @@ def loss_of(network: e2d2.E2D2Config | DiTConfig) -> CanvasLoss:
     """The training loss of a network, called like `canvas_loss`."""
     if isinstance(network, DiTConfig) and network.parameterization == "sedd":
         return functools.partial(score_entropy_loss, network)
+    if isinstance(network, e2d2.E2D2Config) and network.score_mode != "single_block":
+        return functools.partial(blockwise_canvas_loss, network)
     return canvas_loss
 
 

@@ -1,10 +1,11 @@
-"""--mode=pretrain: train a backbone from scratch on generated problems and export it.
+"""--mode=pretrain: train a backbone by denoising answers, and export it.
 
-This is the command that made the bundled weights. It trains a network of the tokenizer's size (a
-single-block E2D2 or an MDLM by masked diffusion, a SEDD by score entropy, see `masked_diffusion`),
-keeps an exponential moving average, evaluates the plain confidence sampler at several numbers of
-forward passes, and writes the average in the hub layout, from which every other mode loads it
-through the bridge.
+This is the command that made the bundled weights, from scratch on generated problems: a network of
+the tokenizer's size (a single-block E2D2 or an MDLM by masked diffusion, a SEDD by score entropy,
+see `masked_diffusion`). With pretrain.init_from it starts from a language model instead
+(`reoac_jax.adapt`), whose tokenizer it keeps. It keeps an exponential moving average, evaluates the
+plain confidence sampler at several numbers of forward passes, and writes the average in the hub
+layout, from which every other mode loads it through the bridge.
 """
 
 import functools
@@ -30,6 +31,7 @@ from common.optim import ema_update, make_optimizer
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
 from common.statistics import wilson_interval
+from reoac_jax.adapt import adapt
 from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.backbone.dit import DiTConfig
 from reoac_jax.backbone.dit_bridge import save_directory
@@ -54,6 +56,10 @@ SHAPE_SECTIONS = (
     "pretrain.stage_max_ops",
     "pretrain.lr",
     "pretrain.corpus_size",
+    "pretrain.init_from",
+    "pretrain.decoder_layers",
+    "pretrain.block_size",
+    "pretrain.final_lr",
     "dataset",
 )
 
@@ -222,13 +228,20 @@ def pretrain(
     """
     p = config.pretrain
     mesh = dist.make_mesh(config.parallel.num_devices)
-    tokenizer = load_tokenizer(config.backbone.tokenizer_name_or_path or EMBEDDED_DIR)
-    network = network_config(config, tokenizer)
+    source = Path(config.backbone.tokenizer_name_or_path or EMBEDDED_DIR)
+    initial: Params | None = None
+    if p.init_from:
+        adapted = adapt(config)
+        network: NetworkConfig = adapted.network
+        initial, tokenizer, source = adapted.params, adapted.tokenizer, adapted.directory
+    else:
+        tokenizer = load_tokenizer(source)
+        network = network_config(config, tokenizer)
     backbone = make_backbone(network)
     width, gen_len = config.backbone.max_length, config.rollout.gen_len
     stages = stages_of(config)
     total = stages[-1].last
-    held_out = list(load_records(config, "test"))
+    held_out = list(load_records(config, "test", config.eval.limit))
     held = encode_supervised(held_out, tokenizer, width, gen_len)
     golds = [str(r["target_answer"]) for r in held_out]
 
@@ -240,15 +253,16 @@ def pretrain(
         warmup=p.warmup,
         schedule="cosine",
         total_steps=total,
+        final=p.final_lr,
     )
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
 
-    def fresh(key: jax.Array) -> PretrainState:
-        params = backbone.init(key)
+    def fresh(key: jax.Array, initial: Params | None) -> PretrainState:
+        params = backbone.init(key) if initial is None else initial
         average = jax.tree.map(jnp.copy, params)
         return PretrainState(params, average, optimizer.init(params), jnp.int32(0))
 
-    state = dist.replicate(mesh, jax.jit(fresh)(init_key))
+    state = dist.replicate(mesh, jax.jit(fresh)(init_key, initial))
     step_fn = jax.jit(
         functools.partial(train_steps, backbone, network, optimizer),
         static_argnames=("mesh", "settings", "num_steps"),
@@ -274,6 +288,7 @@ def pretrain(
             tokenizer,
             network.mask_id,
             cut_at_eos=True,
+            task=config.dataset.task,
             workers=config.reward.workers,
             time_limit=config.reward.time_limit,
         ) as grader,
@@ -354,7 +369,6 @@ def pretrain(
         rows = curve_now(("steps", "threshold"))
     output = Path(p.output or run.path / "model")
     average = jax.device_get(state.average)
-    source = Path(config.backbone.tokenizer_name_or_path or EMBEDDED_DIR)
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     same = source.resolve() == output.resolve()
     if isinstance(network, DiTConfig):

@@ -178,7 +178,7 @@ def from_hf(config: Mapping[str, Any], dtype: str = "float32") -> DecoderConfig:
     require(not sliding, f"config.json: layer_types contains {sliding[:1]}: only full_attention")
     heads = _integer(config, "num_attention_heads")
     width = _integer(config, "hidden_size")
-    theta, scaling = _read_rope(config)
+    theta, scaling = read_rope(config)
     return DecoderConfig(
         model_type=str(family),
         vocab_size=_integer(config, "vocab_size"),
@@ -281,7 +281,7 @@ def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
     return ()
 
 
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
+def read_rope(config: Mapping[str, Any]) -> tuple[float, Llama3Scaling | None]:
     """Base and scaling: `rope_parameters` (transformers 5), or `rope_theta` + `rope_scaling`."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     require(isinstance(rope, Mapping), f"config.json: rope parameters {rope!r} are no object")

@@ -11,6 +11,7 @@ from common.errors import UserError
 from reoac_jax.backbone.e2d2 import NEG_INF, E2D2Config
 from reoac_jax.sampling import summarise_scores
 from reoac_jax.selection import descending_rank
+from reoac_jax.unmasking import unmask
 
 STRATEGIES = ("predict_and_noise", "posterior")
 CONFIDENCES = ("probability", "margin", "none")
@@ -28,6 +29,7 @@ class DecodeSettings:
         confidence: What "sure" means: the token's probability, its margin over the second best
             token, or "none" (positions are masked again at random).
         threshold: Positions with at least this probability stay decoded; above 1 = off.
+        factor: The factor rule of `unmasking.unmask`; 0 = off.
         greedy: Best token instead of a sample.
         temperature: Of samples.
         first_hitting: No more steps than tokens in a block.
@@ -43,6 +45,7 @@ class DecodeSettings:
     strategy: str = "predict_and_noise"
     confidence: str = "probability"
     threshold: float = 1e6
+    factor: float = 0.0
     greedy: bool = True
     temperature: float = 1.0
     first_hitting: bool = True
@@ -170,7 +173,10 @@ def keep_surest(
     # At least one position is decoded, whatever the schedule says.
     keep_masked = jnp.maximum(jnp.minimum(noise_share, count - 1), 0)
     write = descending_rank(sureness, masked) < (count - keep_masked)[:, None]
-    return write | (probability >= settings.threshold)
+    write |= probability >= settings.threshold
+    if settings.factor:
+        write |= unmask(probability, masked, 0, factor=settings.factor)
+    return write
 
 
 def posterior_step(

@@ -1,5 +1,8 @@
 """E2D2: encoder-decoder block diffusion over a Qwen3-style transformer (Arriola et al., 2025).
 
+The released networks have Qwen3 layers; switches of the config give those of Llama and Qwen2, for
+networks adapted from such language models.
+
 A deep encoder reads clean tokens, a light decoder denoises a block of masked tokens and attends to
 the encoder. Two ways of attending: "last hidden" (each decoder layer projects the encoder's final
 state with its own key/value weights) and "shared KV" (decoder layer i reuses the keys and values
@@ -23,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from common.lm import layers
+from common.lm.config import Llama3Scaling
 from common.lm.layers import KeyValue, Params
 from reoac_jax.types import BackboneOutput
 
@@ -38,6 +42,9 @@ class E2D2Config:
       kv_layers: "shared KV" only: the encoder layer whose keys and values decoder layer i reads.
       block_size: S, tokens per block.
       length: longest sequence of training, in tokens.
+      qk_norm: queries and keys are normalised per head (Qwen3).
+      qkv_bias: their projections and the values' have biases (Qwen2).
+      rope_scaling: slowed rotary frequencies (Llama 3.1), or None.
       tie_head: logits use the embedding table.
       tie_encoder_decoder: the decoder is the top `num_decoder_layers` of the encoder itself.
       prompt_attention: how a prompt is encoded at generation: "bidirectional" | "block_causal".
@@ -60,6 +67,9 @@ class E2D2Config:
     eos_id: int = 0
     rope_theta: float = 1e6
     rms_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    rope_scaling: Llama3Scaling | None = None
     tie_head: bool = True
     share_kv: bool = False
     tie_encoder_decoder: bool = False
@@ -87,16 +97,17 @@ class E2D2Config:
 def _stack_spec(cfg: E2D2Config, n: int) -> dict[str, Any]:
     """Nested {name: shape} of n stacked layers."""
     d, k = cfg.hidden_size, cfg.head_dim
+    attn: dict[str, Any] = {"o": {"kernel": (n, cfg.num_heads, k, d)}}
+    for name in ("q", "k", "v"):
+        heads = cfg.num_heads if name == "q" else cfg.num_kv_heads
+        attn[name] = {"kernel": (n, d, heads, k)}
+        if cfg.qkv_bias:
+            attn[name]["bias"] = (n, heads, k)
+        if cfg.qk_norm and name != "v":
+            attn[f"{name}_norm"] = {"scale": (n, k)}
     return {
         "norm_attn": {"scale": (n, d)},
-        "attn": {
-            "q": {"kernel": (n, d, cfg.num_heads, k)},
-            "k": {"kernel": (n, d, cfg.num_kv_heads, k)},
-            "v": {"kernel": (n, d, cfg.num_kv_heads, k)},
-            "o": {"kernel": (n, cfg.num_heads, k, d)},
-            "q_norm": {"scale": (n, k)},
-            "k_norm": {"scale": (n, k)},
-        },
+        "attn": attn,
         "norm_mlp": {"scale": (n, d)},
         "mlp": {
             "gate": {"kernel": (n, d, cfg.intermediate_size)},
@@ -134,6 +145,8 @@ def _initializer(name: str, parent: str, num_layers: int) -> nn.initializers.Ini
     """
     if name == "scale":
         return nn.initializers.ones
+    if name == "bias":
+        return nn.initializers.zeros
     if parent in ("o", "down"):
         return nn.initializers.normal(0.02 / (2 * num_layers) ** 0.5)
     return nn.initializers.normal(0.02)
@@ -229,8 +242,12 @@ def embed(params: Params, cfg: E2D2Config, ids: jax.Array) -> jax.Array:
     return params["embed"]["embedding"][ids].astype(cfg.activation_dtype)
 
 
-def _rope(cfg: E2D2Config, positions: jax.Array) -> layers.Rope:
-    return layers.rope_angles(positions, cfg.head_dim, cfg.rope_theta)
+def rope_of(cfg: E2D2Config, positions: jax.Array) -> layers.Rope:
+    """Rotary angles of positions [B, T] int32."""
+    divisors = None
+    if cfg.rope_scaling is not None:
+        divisors = cfg.rope_scaling.divisors(cfg.head_dim, cfg.rope_theta)
+    return layers.rope_angles(positions, cfg.head_dim, cfg.rope_theta, divisors)
 
 
 def encode(
@@ -256,7 +273,7 @@ def encode(
     x, key_value = layers.run_stack(
         params["encoder"]["layers"],
         embed(params, cfg, ids),
-        rope=_rope(cfg, positions),
+        rope=rope_of(cfg, positions),
         mask=mask,
         context_kv=context_kv,
         eps=cfg.rms_eps,
@@ -290,7 +307,7 @@ def decoder_context(
     if cfg.share_kv:
         chosen = jnp.asarray(cfg.kv_layers)
         return encoder_kv[0][chosen], encoder_kv[1][chosen]
-    rope = _rope(cfg, positions)
+    rope = rope_of(cfg, positions)
 
     def project(layer: Params) -> KeyValue:
         u = layers.rms_norm(hidden, layer["norm_attn"]["scale"], cfg.rms_eps)
@@ -319,7 +336,7 @@ def decode(
     x, _ = layers.run_stack(
         stack["layers"],
         embed(params, cfg, ids),
-        rope=_rope(cfg, positions),
+        rope=rope_of(cfg, positions),
         mask=mask,
         context_kv=context_kv,
         eps=cfg.rms_eps,

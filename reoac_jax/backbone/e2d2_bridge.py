@@ -11,7 +11,7 @@ from common import torch_bridge
 from common.errors import UserError
 from common.lm.layers import Params
 from common.rundir import atomic_write
-from common.torch_bridge import Rule, Tensors, linear
+from common.torch_bridge import FLATTENED, Rule, Tensors, linear
 from reoac_jax.backbone.e2d2 import E2D2Config, parameter_shapes
 from reoac_jax.backbone.e2d2_config import (
     DECODER,
@@ -64,9 +64,11 @@ def name_table(cfg: E2D2Config) -> list[Rule]:
             Rule(prefix + "model.norm.weight", f"{side}/norm_final/scale"),
         ]
         for name in ("q", "k", "v"):
-            torch_name = f"{torch_layer}self_attn.{name}_proj.weight"
-            rules.append(Rule(torch_name, f"{path}attn/{name}/kernel", linear()))
-        for name in ("q_norm", "k_norm"):
+            torch_name = f"{torch_layer}self_attn.{name}_proj"
+            rules.append(Rule(f"{torch_name}.weight", f"{path}attn/{name}/kernel", linear()))
+            if cfg.qkv_bias:
+                rules.append(Rule(f"{torch_name}.bias", f"{path}attn/{name}/bias", FLATTENED))
+        for name in ("q_norm", "k_norm") if cfg.qk_norm else ():
             rules.append(Rule(f"{torch_layer}self_attn.{name}.weight", f"{path}attn/{name}/scale"))
         for name in ("gate", "up", "down"):
             torch_name = f"{torch_layer}mlp.{name}_proj.weight"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from common.lm import layers
 from common.lm.layers import Params, Rope
-from reoac_jax.backbone.e2d2 import E2D2Config
+from reoac_jax.backbone.e2d2 import E2D2Config, rope_of
 
 
 class LayerWeights(NamedTuple):
@@ -21,8 +21,10 @@ class LayerWeights(NamedTuple):
     norm_attn: jax.Array  # [D]
     query: jax.Array  # [D, H*K]
     key_value: jax.Array  # [D, 2*H_kv*K], keys first
-    query_norm: jax.Array  # [K]
-    key_norm: jax.Array  # [K]
+    query_bias: jax.Array | None  # [H*K]
+    key_value_bias: jax.Array | None  # [2*H_kv*K]
+    query_norm: jax.Array | None  # [K]
+    key_norm: jax.Array | None  # [K]
     output: jax.Array  # [H*K, D]
     norm_mlp: jax.Array  # [D]
     gate_up: jax.Array  # [D, 2*I], gate first
@@ -80,6 +82,11 @@ def decode_weights(params: Params, cfg: E2D2Config) -> DecodeWeights:
             flat.append(jnp.asarray(kernel).reshape(rows, -1))
         return jnp.concatenate(flat, axis=1).astype(dtype)
 
+    def bias(*maps: Params) -> jax.Array | None:
+        if not cfg.qkv_bias:
+            return None
+        return jnp.concatenate([jnp.asarray(m["bias"]).reshape(-1) for m in maps]).astype(dtype)
+
     def split(stack: Params, count: int) -> tuple[LayerWeights, ...]:
         result = []
         total = stack["norm_attn"]["scale"].shape[0]
@@ -91,8 +98,10 @@ def decode_weights(params: Params, cfg: E2D2Config) -> DecodeWeights:
                     norm_attn=jnp.asarray(layer["norm_attn"]["scale"]),
                     query=matrix(attn["q"]["kernel"]),
                     key_value=matrix(attn["k"]["kernel"], attn["v"]["kernel"]),
-                    query_norm=jnp.asarray(attn["q_norm"]["scale"]),
-                    key_norm=jnp.asarray(attn["k_norm"]["scale"]),
+                    query_bias=bias(attn["q"]),
+                    key_value_bias=bias(attn["k"], attn["v"]),
+                    query_norm=jnp.asarray(attn["q_norm"]["scale"]) if cfg.qk_norm else None,
+                    key_norm=jnp.asarray(attn["k_norm"]["scale"]) if cfg.qk_norm else None,
                     output=matrix(attn["o"]["kernel"], inputs=2),
                     norm_mlp=jnp.asarray(layer["norm_mlp"]["scale"]),
                     gate_up=matrix(mlp["gate"]["kernel"], mlp["up"]["kernel"]),
@@ -119,11 +128,18 @@ def decode_weights(params: Params, cfg: E2D2Config) -> DecodeWeights:
 
 
 # ---------------------------------------------------------------------------------------- layers
+def _linear(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y = layers.dense(x, matrix)
+    return y if bias is None else y + bias
+
+
 def _key_value(weights: LayerWeights, cfg: E2D2Config, u: jax.Array, rope: Rope) -> LayerCache:
     """Keys and values of the normalised input u [B, T, D] in cache layout."""
-    both = layers.dense(u, weights.key_value)
+    both = _linear(u, weights.key_value, weights.key_value_bias)
     both = both.reshape(*u.shape[:2], 2, cfg.num_kv_heads, cfg.head_dim)  # [B, T, 2, H_kv, K]
-    key = layers.rms_norm(both[:, :, 0], weights.key_norm, cfg.rms_eps)
+    key = both[:, :, 0]
+    if weights.key_norm is not None:
+        key = layers.rms_norm(key, weights.key_norm, cfg.rms_eps)
     return LayerCache(*layers.cache_layout(layers.apply_rope(key, rope), both[:, :, 1]))
 
 
@@ -163,8 +179,10 @@ def _layer(
 ) -> tuple[jax.Array, LayerCache]:
     """One layer on x [B, T, D]; also returns its own keys and values."""
     u = layers.rms_norm(x, weights.norm_attn, cfg.rms_eps)
-    query = layers.dense(u, weights.query).reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
-    query = layers.rms_norm(query, weights.query_norm, cfg.rms_eps)
+    query = _linear(u, weights.query, weights.query_bias)
+    query = query.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
+    if weights.query_norm is not None:
+        query = layers.rms_norm(query, weights.query_norm, cfg.rms_eps)
     query = layers.apply_rope(query, rope)
     own = _key_value(weights, cfg, u, rope)
     x = x + layers.dense(_attend(query, own, own_mask, context, context_mask), weights.output)
@@ -174,11 +192,6 @@ def _layer(
 
 
 # ---------------------------------------------------------------------------------- the network
-def rope_of(cfg: E2D2Config, positions: jax.Array) -> Rope:
-    """Rotary angles of positions [B, T] int32."""
-    return layers.rope_angles(positions, cfg.head_dim, cfg.rope_theta)
-
-
 def empty_caches(cfg: E2D2Config, batch: int, capacity: int) -> Caches:
     """Zeroed caches for C = capacity context tokens per row."""
     dtype, heads, size = cfg.activation_dtype, cfg.num_kv_heads, cfg.head_dim

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.lm.config import read_rope
 from reoac_jax.backbone.e2d2 import SCORE_MODES, E2D2Config
 
 Json = dict[str, Any]
@@ -40,6 +41,7 @@ BASE_CONFIGS: dict[str, Json] = {
 }
 """Base models of the released networks; their configs are not among the released files."""
 
+_FAMILIES = ("llama", "qwen2", "qwen3")  # whose layers the network can have
 _SCHEDULE_CLASSES = {
     "LinearNoise": "linear",
     "CosineNoise": "cosine",
@@ -92,12 +94,14 @@ def find_base_config(config: Json, directory: Path, override: Path | None) -> tu
             f"base model '{name}' of '{directory / 'config.json'}' is unknown: "
             "give its config with --base-config FILE or as base_config.json beside config.json"
         )
-    rope = base.get("rope_scaling") or {}
+    family = base.get("model_type", "qwen3")
+    if family not in _FAMILIES:
+        raise UserError(f"{source}: model_type '{family}' is none of {', '.join(_FAMILIES)}")
     if base.get("rope_parameters"):  # newer spelling of the same settings
         rope = base["rope_parameters"]
         base = {**base, "rope_theta": rope.get("rope_theta", base.get("rope_theta"))}
+    read_rope(base)  # refuses what the network lacks
     unsupported = {
-        "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "attention_bias": bool(base.get("attention_bias")),
         "use_sliding_window": bool(base.get("use_sliding_window")),
         "hidden_act": base.get("hidden_act", "silu") != "silu",
@@ -208,6 +212,7 @@ def derive_config(
     values.get("encoder_causal", "use_encoder_causal_mask", False)
     values.get("rope_theta", "rope_theta")
     values.get("rms_eps", "rms_norm_eps")
+    values.put("rope_scaling", read_rope(base)[1], base_source)
     values.get("score_mode", "score_mode", "blockwise")
     if values.found["score_mode"] not in SCORE_MODES:
         raise UserError(f"config.json: score_mode must be one of {', '.join(SCORE_MODES)}")
@@ -246,9 +251,16 @@ def _measure(values: _Values, tensors: Mapping[str, np.ndarray], tie_stacks: boo
     q_norm, q_proj = layer + "self_attn.q_norm.weight", layer + "self_attn.q_proj.weight"
     k_proj, gate = layer + "self_attn.k_proj.weight", layer + "mlp.gate_proj.weight"
     vocab_size, hidden_size = shape(EMBEDDING, 2)
-    head_dim = shape(q_norm, 1)[0]
     values.measured("hidden_size", hidden_size, EMBEDDING, "hidden_size")
-    values.measured("head_dim", head_dim, q_norm, "head_dim")
+    family = values.layers[-1][1].get("model_type", "qwen3")
+    values.put("qk_norm", family == "qwen3", values.layers[-1][0])
+    values.put("qkv_bias", family == "qwen2", values.layers[-1][0])
+    if values.found["qk_norm"]:
+        head_dim = shape(q_norm, 1)[0]
+        values.measured("head_dim", head_dim, q_norm, "head_dim")
+    else:
+        heads = values.get("num_heads", "num_attention_heads")
+        head_dim = values.get("head_dim", "head_dim", shape(q_proj, 2)[0] // heads)
     for field, name, key in (
         ("num_heads", q_proj, "num_attention_heads"),
         ("num_kv_heads", k_proj, "num_key_value_heads"),
@@ -427,8 +439,18 @@ def hub_base_config(cfg: E2D2Config, source: Json | None = None) -> Json:
         source: The base config it came from, whose other keys are kept.
     """
     layers = cfg.num_encoder_layers
+    scaling = cfg.rope_scaling
+    rope: Json = {}
+    if scaling is not None:
+        rope["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_positions,
+        }
     return {
-        "model_type": "qwen3",
+        "model_type": "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama",
         "num_hidden_layers": layers,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -442,4 +464,5 @@ def hub_base_config(cfg: E2D2Config, source: Json | None = None) -> Json:
         "rope_theta": cfg.rope_theta,
         "rms_norm_eps": cfg.rms_eps,
         "tie_word_embeddings": cfg.tie_head,
+        **rope,
     }

@@ -23,7 +23,7 @@ from reoac_jax.backbone.denoising import (
     predict_step,
     reads_open_only,
 )
-from reoac_jax.backbone.e2d2 import E2D2Config
+from reoac_jax.backbone.e2d2 import E2D2Config, rope_of
 from reoac_jax.backbone.e2d2_cache import (
     Caches,
     DecodeWeights,
@@ -32,7 +32,6 @@ from reoac_jax.backbone.e2d2_cache import (
     denoise_hidden,
     empty_caches,
     head_logits,
-    rope_of,
 )
 
 LAST_TIME = 1e-5

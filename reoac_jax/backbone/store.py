@@ -13,6 +13,7 @@ import numpy as np
 
 from common import torch_bridge
 from common.errors import UserError
+from common.lm.config import Llama3Scaling
 from common.lm.layers import Params
 from common.rundir import atomic_write_json
 from reoac_jax.backbone import dit, dit_bridge, dit_config, e2d2
@@ -182,6 +183,8 @@ def _load_converted(path: Path) -> StoredBackbone:
     try:
         fields = dict(text["config"])
         if family == "e2d2":
+            scaling = fields.get("rope_scaling")
+            fields["rope_scaling"] = None if scaling is None else Llama3Scaling(**scaling)
             cfg = E2D2Config(**{**fields, "kv_layers": tuple(fields["kv_layers"])})
             tree = e2d2.parameter_shapes(cfg)
         else:
