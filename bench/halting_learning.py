@@ -3,13 +3,15 @@
     python -m bench.halting_learning --json results/halting_learning.json
     python -m bench.halting_learning --only parity8,logic --runs runs/halting_learning
 
-A finished run is not repeated, so the command goes on where it was stopped. Each run is
+A finished run is not repeated, so the command goes on where it was stopped; with --json, figures of
+other claims and seeds that stand in the file already are kept. Each run is
 `python -m halting_jax.main --config=CONFIG --config.seed=SEED` in a process of its own; the figures
 are those of its final test, with the averaged weights where the config keeps them.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -21,6 +23,8 @@ from bench import machine
 from common.rundir import atomic_write_json
 from common.statistics import wilson_interval
 
+# Sections of the config that decide what is learnt.
+RECIPE = ("task", "model", "act", "ut", "trm", "data", "optim", "train")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -46,13 +50,13 @@ CLAIMS = {
     "parity16": Claim("configs/halting_parity.py:cpu", "id", "accuracy", 0.99),
     "parity8_random": Claim("configs/halting_parity.py:random8", "id", "accuracy", 0.999),
     **{
-        f"parity8_random_tau{tau}": Claim(
-            "configs/halting_parity.py:random8",
+        f"parity8_tau{tau}": Claim(
+            "configs/halting_parity.py:bits8",
             "id",
             "accuracy",
-            overrides=(f"--config.act.time_penalty={tau}",),
+            overrides=(f"--config.act.time_penalty={tau}", "--config.train.max_steps=5000"),
         )
-        for tau in ("0", "0.01", "0.1", "1")
+        for tau in ("0", "0.001", "0.01", "0.1", "1")
     },
     "parity8_pondernet": Claim("configs/halting_parity.py:ponder8", "id", "accuracy"),
     "addition": Claim("configs/halting_addition.py:cpu", "id", "accuracy_sequence", 0.95),
@@ -128,10 +132,38 @@ def read_run(claim: Claim, workdir: Path) -> dict[str, Any] | None:
         "by_difficulty": groups,
         "metrics": {k.removeprefix(prefix): v for k, v in row.items()},
     }
+    result["recipe"] = recipe(workdir)
     result["interval"] = wilson_interval(round(result["value"] * count), count)
     steps = [name for name in ("steps", "ponder_steps") if f"{prefix}{name}{suffix}" in row]
     result["ponder"] = row[f"{prefix}{steps[0]}{suffix}"] if steps else None
     return result
+
+
+def recipe(workdir: Path) -> str:
+    """Short digest of what a run learns from; runs of one recipe differ in their seed alone."""
+    config = json.loads((workdir / "config_resolved.json").read_text())["config"]
+    chosen = {section: config[section] for section in RECIPE}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Claims of a file with new ones put in, in the order of the table.
+
+    Seeds of a claim are kept where they were trained by the recipe of its new ones.
+    """
+    claims = old | new
+    for name in old.keys() & new.keys():
+        found = new[name]["seeds"]
+        recipes = {run["recipe"] for run in found.values()}
+        kept = {s: r for s, r in old[name]["seeds"].items() if {r.get("recipe")} == recipes}
+        seeds = dict(sorted((kept | found).items()))
+        claims[name] = new[name] | {"seeds": seeds, "met": is_met(new[name]["bar"], seeds)}
+    return {name: claims[name] for name in CLAIMS if name in claims}
+
+
+def is_met(bar: float | None, seeds: dict[str, Any]) -> bool:
+    """Whether every seed reaches the bar."""
+    return bar is None or all(run["value"] >= bar for run in seeds.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -172,8 +204,10 @@ def main(argv: list[str] | None = None) -> int:
                 **dataclasses.asdict(claim),
                 "command": " ".join(words).replace("--config.seed=0", "--config.seed=SEED"),
                 "seeds": found,
-                "met": claim.bar is None or all(r["value"] >= claim.bar for r in found.values()),
+                "met": is_met(claim.bar, found),
             }
+    if given.json and given.json.is_file():
+        claims = merged(json.loads(given.json.read_text())["claims"], claims)
     print(format_claims(claims))
     if given.plot:
         plot_ponder(claims, given.plot)
@@ -197,10 +231,9 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
     penalties: dict[float, list[float]] = {}
     for name, claim in claims.items():
         runs = claim["seeds"].values()
-        if "random" in name:
-            tau = float(name.partition("_tau")[2] or 1e-3)
-            penalties.setdefault(tau, []).extend(run["ponder"] for run in runs)
         if "_tau" in name:
+            tau = float(name.partition("_tau")[2])
+            penalties.setdefault(tau, []).extend(run["ponder"] for run in runs)
             continue
         for number, run in enumerate(runs):
             groups = run["by_difficulty"]
@@ -218,7 +251,7 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
             right.plot([order.index(tau)] * len(steps), steps, "o", color="C0")
         right.plot(range(len(order)), [sum(penalties[t]) / len(penalties[t]) for t in order])
         right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])
-        right.set(xlabel="time penalty tau (8 random bits)", ylabel="mean ponder steps")
+        right.set(xlabel="time penalty tau (8 bits)", ylabel="mean ponder steps")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
