@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from common.errors import UserError
 from common.problems import Difficulty, ProblemSet
+from common.problems_math import MathProblemSet
 from reoac_jax.prep import GENERATED, load_split
 from reoac_jax.prompts import PromptSet, encode_prompts
 from reoac_jax.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ def load_records(config: ConfigDict, split: str, limit: int = 0) -> Sequence[Map
     size = d.train_size if split == "train" else d.eval_size
     if size < 1:
         raise UserError(f"config key dataset.{'train' if split == 'train' else 'eval'}_size={size}")
+    if d.task == "math":
+        return MathProblemSet(split, min(size, limit) if limit else size, d.problem_seed)
     return ProblemSet(
         split, min(size, limit) if limit else size, d.problem_seed, difficulty(config)
     )

@@ -30,7 +30,8 @@ class Evaluation(NamedTuple):
       forwards: backbone passes, those of lookaheads included.
       usage: [5] int, how often each operator ran.
       texts: decoded answers.
-      num_failed: answers whose grading hit the time limit or crashed (they count as wrong).
+      num_failed: answers without a verdict (time limit, crash, undecided); they count as wrong.
+      num_timeouts: those of them that hit the time limit.
     """
 
     rewards: np.ndarray
@@ -40,6 +41,7 @@ class Evaluation(NamedTuple):
     usage: np.ndarray
     texts: list[str]
     num_failed: int
+    num_timeouts: int = 0
 
     def returns(self, cost_lambda: float, max_steps: int, max_cost: float) -> np.ndarray:
         """Reward minus lambda * cost / (T * max_cost), [N]."""
@@ -122,7 +124,8 @@ def run_policy(
     share = mine.stop - mine.start
     own = np.stack([np.pad(g.rewards, (0, share - len(g.rewards))) for g in graded], axis=1)
     rewards = np.ascontiguousarray(dist.gather_rows(own).T).reshape(-1)[:total]
-    failed = dist.gather_rows(np.array([sum(g.num_failed for g in graded)]))
+    counts = [[sum(g.num_failed for g in graded), sum(g.num_timeouts for g in graded)]]
+    failed, late = dist.gather_rows(np.array(counts)).sum(0)
     return Evaluation(
         rewards=rewards,
         costs=np.concatenate(costs),
@@ -130,7 +133,8 @@ def run_policy(
         forwards=np.concatenate(forwards),
         usage=usage,
         texts=texts,
-        num_failed=int(failed.sum()),
+        num_failed=int(failed),
+        num_timeouts=int(late),
     )
 
 
@@ -155,13 +159,37 @@ def summary(
         "operators": usage,
         "n": n,
         "grading_failures": result.num_failed,
+        "grading_timeouts": result.num_timeouts,
     }
+
+
+def breakdown(result: Evaluation, prompts: PromptSet) -> dict[str, Any]:
+    """Accuracy by subject and by level, where the data set has them; intervals are 95 %."""
+    tables: dict[str, Any] = {}
+    for name, labels in (("by_subject", prompts.subjects), ("by_level", prompts.levels)):
+        shown = labels[: len(result.rewards)]
+        rows: dict[str, Any] = {}
+        for label in sorted(set(filter(None, shown))):
+            right = [
+                bool(r > 0) for r, own in zip(result.rewards, shown, strict=True) if own == label
+            ]
+            rows[label] = {
+                "accuracy": sum(right) / len(right),
+                "accuracy_interval": list(wilson_interval(sum(right), len(right))),
+                "n": len(right),
+            }
+        if rows:
+            tables[name] = rows
+    return tables
 
 
 def write_report(
     path: Path, numbers: dict[str, Any], result: Evaluation, prompts: PromptSet, num_samples: int
 ) -> None:
-    """eval_<task>.json: the summary plus the first samples; the main process writes."""
+    """eval_<task>.json: summary, tables by subject and level, first samples.
+
+    The main process writes.
+    """
     if not dist.is_main():
         return
     shown = min(num_samples, len(result.texts))
@@ -176,7 +204,7 @@ def write_report(
         }
         for i in range(shown)
     ]
-    atomic_write_json(path, numbers | {"samples": samples})
+    atomic_write_json(path, numbers | breakdown(result, prompts) | {"samples": samples})
 
 
 def format_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:

@@ -10,6 +10,7 @@ from common.errors import UserError
 from reoac_jax.backbone.base import Canvas
 from reoac_jax.corpus import lay_out, pad_rows
 from reoac_jax.key_tokens import key_mask
+from reoac_jax.records import slug
 from reoac_jax.tokenizer import Tokenizer
 
 ANNOTATION = re.compile(r"<<[^<>]*>>")
@@ -27,6 +28,7 @@ class PromptSet(NamedTuple):
       canvas_target: [N, G] int32, the answer without annotations, eos, then eos: what plus and
         pre-training teach the canvas.
       num_cut: prompts longer than P.
+      subjects, levels: of each row, "" where unknown; empty where no row has one.
     """
 
     texts: list[str]
@@ -38,6 +40,8 @@ class PromptSet(NamedTuple):
     absolute_len: np.ndarray
     canvas_target: np.ndarray
     num_cut: int
+    subjects: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -99,7 +103,19 @@ def encode_prompts(
         absolute_len=absolute_len,
         canvas_target=canvas_target,
         num_cut=sum(len(row) > prompt_width for row in ids),
+        subjects=_labels(records, "subject", "type"),
+        levels=_labels(records, "level"),
     )
+
+
+def _labels(records: Sequence[Mapping[str, Any]], *fields: str) -> tuple[str, ...]:
+    """A field of the metadata of every row in one spelling; empty where no row has it."""
+    found = []
+    for record in records:
+        metadata = record.get("metadata") or {}
+        value = next((metadata[name] for name in fields if metadata.get(name)), "")
+        found.append(slug(value))
+    return tuple(found) if any(found) else ()
 
 
 def make_canvas(

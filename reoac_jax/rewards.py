@@ -8,16 +8,31 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.answers.paper_parsers import check_parser
 from common.answers.pool import GradingHandle, GradingPool
 from reoac_jax.tokenizer import Tokenizer
 
+# Grading functions by task; that of MATH loads computer algebra before its first item.
+GRADERS = {
+    "gsm8k": "common.answers.gsm8k:grade_gsm8k",
+    "math": "common.answers.algebra:grade_math",
+}
+
 
 class Graded(NamedTuple):
-    """texts, rewards [B] float32 in [0, 1], and how many answers hit the time limit or crashed."""
+    """Texts and rewards of a batch.
+
+    Attributes:
+      texts: decoded answers.
+      rewards: [B] float32 in [0, 1].
+      num_failed: answers without a verdict: over the time limit, crashed or undecided; they earn 0.
+      num_timeouts: those of them that hit the time limit.
+    """
 
     texts: list[str]
     rewards: np.ndarray
     num_failed: int
+    num_timeouts: int = 0
 
 
 class PendingGrades(NamedTuple):
@@ -30,7 +45,8 @@ class PendingGrades(NamedTuple):
         """Wait for the verdicts."""
         verdicts = self.handle.result()
         failed = sum(v.timed_out or v.crashed for v in verdicts)
-        return Graded(self.texts, np.array([v.score for v in verdicts], np.float32), failed)
+        late = sum(v.timed_out for v in verdicts)
+        return Graded(self.texts, np.array([v.score for v in verdicts], np.float32), failed, late)
 
 
 def decode_texts(
@@ -59,8 +75,10 @@ class Grader:
         mask_id: int,
         *,
         cut_at_eos: bool,
+        task: str = "gsm8k",
         mode: str = "strict",
         verifier: str = "robust",
+        parser: str = "sympy",
         workers: int = 1,
         time_limit: float = 2.0,
     ) -> None:
@@ -68,12 +86,21 @@ class Grader:
 
         Args:
           cut_at_eos: see `decode_texts`.
-          mode, verifier: of `common.answers.grade_gsm8k`.
+          task: "gsm8k" or "math".
+          mode, verifier: of `common.answers.grade_gsm8k` and `grade_math`.
+          parser: of the paper verifier of MATH.
           time_limit: seconds per answer.
+
+        Raises:
+          UserError: the workers cannot start, or the parser is not installed.
         """
         self._tokenizer, self._mask_id, self._cut = tokenizer, mask_id, cut_at_eos
         self._options = {"mode": mode, "verifier": verifier}
-        self._pool = GradingPool(num_workers=workers, time_limit_s=time_limit)
+        if task == "math":
+            self._options["parser"] = parser
+            if verifier == "paper":
+                check_parser(parser)
+        self._pool = GradingPool(workers, time_limit, GRADERS[task])
 
     def texts(self, gen_ids: np.ndarray) -> list[str]:
         """The texts that canvases [B, G] are graded by."""

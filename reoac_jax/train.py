@@ -70,8 +70,10 @@ def grader_for(config: ConfigDict, models: Models, *, evaluation: bool) -> Grade
         models.tokenizer,
         models.backbone.mask_id,
         cut_at_eos=config.algo == "plus",
+        task=config.dataset.task,
         mode="strict" if evaluation else config.reward.mode,
         verifier=config.eval.verifier if evaluation else config.reward.verifier,
+        parser=config.eval.math_parser,
         workers=config.reward.workers,
         time_limit=config.reward.time_limit,
     )
@@ -333,6 +335,7 @@ def train(
                 iteration += 1
                 row = _named(values, config, len(buffer) if not plus else episodes_per_iter)
                 row["grading_failures"] = graded.num_failed
+                row["grading_timeouts"] = graded.num_timeouts
                 if any(not np.isfinite(row[f"{n}_loss"]) for n in ("critic", "actor", "backbone")):
                     raise UserError(
                         f"a loss is not finite at iteration {iteration}: lower the optim.*_lr"
