@@ -51,12 +51,14 @@ def map_rows(fn: Callable[..., Any], *trees: Any, rows: int | None = None) -> An
 
     Args:
         fn: treats each row by itself; takes and returns trees of arrays [R, ...].
-        *trees: arrays [B, ...]; None is passed on.
-        rows: R; None = `ROWS` on CPUs, all rows elsewhere.
+        *trees: arrays [B, ...], the first [B, V]; None is passed on.
+        rows: R; None = on CPUs `ROWS`, or more where rows are short, and all rows elsewhere.
     """
-    count = jax.tree.leaves(trees)[0].shape[0]
+    count, width = jax.tree.leaves(trees)[0].shape
     if rows is None:
-        rows = ROWS if jax.default_backend() == "cpu" else count
+        rows = count
+        if jax.default_backend() == "cpu":
+            rows = ROWS * max(1, COLUMNS // width)
     if count <= rows:
         return fn(*trees)
     # The last part overlaps its predecessor instead of being padded or compiled a second time.

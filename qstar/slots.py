@@ -271,16 +271,25 @@ def stack_fields(step: MixedToken) -> jax.Array:
 
 def read_slots(state: Slots, slots: Sequence[int]) -> list[Output]:
     """What slots hold, on the host."""
-    at = np.asarray(slots, np.int32)
-    small = jax.device_get((state.count, state.stopped, state.failed))
-    count, stopped, failed = (np.asarray(a)[at] for a in small)
-    columns, values = jax.device_get((state.columns[at], state.values[at]))
+    if not slots:
+        return []
+    # Padded to a power of two, so that few programs are compiled for many numbers of slots.
+    at = np.zeros(1 << (len(slots) - 1).bit_length(), np.int32)
+    at[: len(slots)] = slots
+    count, stopped, failed, columns, values = jax.device_get(_take(state, at))
     return [
         Output(
             np.array(columns[i, :n]),
             bool(stopped[i]),
             bool(failed[i]),
-            {name: values[i, :n, f].astype(np.float64) for f, name in enumerate(FIELDS)},
+            dict(zip(FIELDS, values[i, :n].T.astype(np.float64), strict=True)),
         )
-        for i, n in enumerate(count)
+        for i, n in enumerate(count[: len(slots)])
     ]
+
+
+@jax.jit
+def _take(state: Slots, at: jax.Array) -> tuple[jax.Array, ...]:
+    """Rows `at` of what the host reads."""
+    parts = (state.count, state.stopped, state.failed, state.columns, state.values)
+    return tuple(part[at] for part in parts)

@@ -9,6 +9,7 @@ does not iterate on K' (a sigmoid where the models disagree) but on the almost l
     g' = P2 / P + N2 / N        (the same sums with d^2).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ _MAX_STEPS = 64
 HALVINGS = 20
 # Rows whose Var_q(d) is below this get the exact normaliser (see `_refine`).
 _CLOSE_VARIANCE = 1e-4
+_FAR_MOVE = 0.01
 RKL_BOUNDS = (0.1, 0.9)
 
 
@@ -62,11 +64,18 @@ def kl_symmetric(pair: Pair, tol: float = 1e-6, solver: str = "newton") -> Expon
     tol = solver_tolerance(tol, dtype)
     search = find_root(lambda alpha: _log_ratio(pair, alpha), start, tol, _FAST_STEPS)
     variance = search.spread
-    # Rows whose weights underflow, whose ratio has one sign, or that lack columns.
+    # Rows whose weights underflow, whose ratio has one sign, or that have columns of -inf.
     left = ~search.done
     search = find_root(lambda alpha: _log_ratio_exact(pair, alpha), search, tol, _MAX_STEPS)
     found = _one_sided(pair, search, jnp.where(left, search.spread, 0.0))
-    return _refine(pair, found, jnp.where(left, jnp.inf, variance), sign=1.0, third=24.0)
+    # Their variance is not known; the refinement finds out.
+
+    def again(exact: Pair, rows: jax.Array) -> Search:
+        start = start_search(~rows, dtype)
+        return find_root(lambda alpha: _log_ratio(exact, alpha), start, tol, _FAST_STEPS)
+
+    variance = jnp.where(left, 0.0, variance)
+    return _refine(pair, found, variance, sign=1.0, third=24.0, again=again)
 
 
 def _log_ratio(pair: Pair, alpha: jax.Array) -> Value:
@@ -164,19 +173,27 @@ def _one_sided(pair: Pair, search: Search, side: jax.Array) -> Exponent:
 
 
 def _refine(
-    pair: Pair, found: Exponent, variance: jax.Array, sign: float, third: float
+    pair: Pair,
+    found: Exponent,
+    variance: jax.Array,
+    sign: float,
+    third: float,
+    again: Callable[[Pair, jax.Array], Search] | None = None,
 ) -> Exponent:
     """Removes the error of the normalisers where the models nearly agree.
 
     An error e of d's constant moves the root by e / Var_q(d), so close pairs need the constant
     better than a difference of two logarithms gives it: e = log1p(sum e^b (e^d - 1)), a sum of
     small terms. Where even all |d| are small, the root is 1/2 + E[d^3] / (third E[d^2]) under
-    e^{(a+b)/2}, up to terms of fifth order, whatever the constant.
+    e^{(a+b)/2}, up to terms of fifth order, whatever the constant. A root that moves far is found
+    again with the exact constant: Var_q(d) changes on the way where some |d| is large.
 
     Args:
-        variance: [B] Var_q(d) or a lower bound; rows above 1e-4 are left alone.
+        variance: [B] Var_q(d) or a lower bound; rows above 1e-4 are left alone. 0 = not known:
+            then only rows whose models are close in every column are touched.
         sign: of the root's reaction to e.
         third: 24 for K'(alpha) = 0, 8 for K(-alpha) = K(2 - alpha).
+        again: (pair with the exact constant, [B] bool which rows) -> their search.
     """
     dtype = pair.x.dtype
     rows = pair.full & ~found.identical & (variance < _CLOSE_VARIANCE)
@@ -200,11 +217,24 @@ def _refine(
         zero = jnp.zeros_like(alpha)
         sums = fold_columns(step, (zero,) * 5, pair.x, pair.y)
         largest, excess, mass, second, cubic = sums
-        exact = mass * jnp.log1p(excess) / second
-        moved = jnp.where(second < _CLOSE_VARIANCE * mass, alpha + sign * exact, alpha)
-        moved = jnp.where(largest < small, 0.5 + cubic / (third * second), moved)
+        shift = jnp.log1p(excess)
+        near = (second < _CLOSE_VARIANCE * mass) & ((variance > 0) | (largest < 1))
+        moved = jnp.where(near, alpha + sign * shift * mass / second, alpha)
+        flat = largest < small
+        moved = jnp.where(flat, 0.5 + cubic / (third * second), moved)
         moved = jnp.where(jnp.isfinite(moved), jnp.clip(moved, 0, 1), alpha)
-        return jnp.where(rows, moved, alpha)
+        moved = jnp.where(rows, moved, alpha)
+        far = rows & near & ~flat & (jnp.abs(moved - alpha) > _FAR_MOVE)
+        if again is None:
+            return moved
+        norms = pair.norms._replace(remainder=pair.norms.remainder + shift)
+        exact = Pair(pair.x, pair.y, norms)
+
+        def settle(moved: jax.Array) -> jax.Array:
+            search = again(exact, far)
+            return jnp.where(far & search.done & ~search.outside, search.point, moved)
+
+        return lax.cond(jnp.any(far), settle, lambda moved: moved, moved)
 
     alpha = lax.cond(jnp.any(rows), close, lambda alpha: alpha, found.alpha)
     return found._replace(alpha=alpha)

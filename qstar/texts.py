@@ -65,4 +65,3 @@ def truncate(output: Output, length: int) -> Output:
     # `stopped` says that the last token is an end token; cut earlier, it is none.
     whole = length == len(output.columns) and output.stopped
     return Output(output.columns[:length], whole, False, values)
-

@@ -17,6 +17,7 @@ import numpy as np
 from common.errors import UserError
 
 _ABSENT = -1
+_UNDERFLOW = 1e4  # nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,11 @@ def take_columns(logits: jax.Array, columns: np.ndarray | jax.Array) -> jax.Arra
 
 
 def merge_columns(logits: jax.Array, columns: Sequence[int], temperature: float = 1.0) -> jax.Array:
-    """Gives the first of several columns the probability of all; the others become impossible.
+    """Gives the first of several columns the probability of all; the others get none.
 
-    For end-of-text ids: without it a pair that ends with different symbols hardly ever stops.
+    For end-of-text ids: without it a pair that ends with different symbols hardly ever stops. The
+    others become finite logits whose probability underflows to 0: solvers take a slower way where
+    they meet -inf.
 
     Args:
         logits: [B, V] of one model.
@@ -104,4 +107,5 @@ def merge_columns(logits: jax.Array, columns: Sequence[int], temperature: float 
     dtype = jnp.promote_types(logits.dtype, jnp.float32)
     logits = logits.astype(dtype)
     merged = temperature * jax.nn.logsumexp(logits[:, index] / temperature, axis=-1)
-    return logits.at[:, index].set(-jnp.inf).at[:, index[0]].set(merged)
+    floor = jnp.max(logits, axis=-1, keepdims=True) - _UNDERFLOW * temperature
+    return logits.at[:, index].set(floor).at[:, index[0]].set(merged)
