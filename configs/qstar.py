@@ -21,6 +21,11 @@ VARIANTS = ("", "tiny")
 
 def get_config(variant: str = "") -> ConfigDict:
     """The configuration of a variant."""
+    return get_config_for(variant, "qstar")
+
+
+def get_config_for(variant: str, name: str) -> ConfigDict:
+    """The same models, data and limits with outputs of another name, for the other files."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is none of {', '.join(v for v in VARIANTS if v)}")
     c = get_default_config()
@@ -32,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.max_prompt_tokens = 512
     c.sampling.max_new_tokens = 128
     c.sampling.temperature = 0.8
-    c.run.output = "runs/qstar.jsonl"
+    c.run.output = f"runs/{name}.jsonl"
     c.run.save_diagnostics = True
     if variant == "tiny":
         c.model.theta = "tiny:1"
@@ -41,6 +46,6 @@ def get_config(variant: str = "") -> ConfigDict:
         c.data.hint_field = ""
         c.data.max_prompt_tokens = 480
         c.sampling.max_new_tokens = 12
-        c.run.output = "runs/qstar_tiny.jsonl"
+        c.run.output = f"runs/{name}_tiny.jsonl"
         c.run.slots = "4"
     return c

@@ -15,12 +15,13 @@ from ml_collections import ConfigDict
 from common.errors import UserError, require
 from qstar.adapters import DatasetAdapter, RowError
 from qstar.backend import Backend, Request
-from qstar.defaults import GUIDE_NAMES, finalize, get_default_config, prompt_settings
+from qstar.defaults import GUIDE_NAMES, finalize, get_default_config
 from qstar.generate import run_generation
 from qstar.outcome import per_token
 from qstar.prompts import PromptSettings, encode
 from qstar.scheduler import Finished, schedule
 from qstar.score import Scores, score_tokens
+from qstar.settings import prompt_settings
 from qstar.slots import FIELDS
 from qstar.system import System, check_backend, describe_system, max_prompt_tokens, open_backend
 

@@ -11,10 +11,8 @@ from ml_collections import ConfigDict
 from common.errors import UserError, require
 from qstar.adapters import ADAPTERS
 from qstar.backend import BACKENDS
-from qstar.law import LawSettings
-from qstar.prompts import PromptSettings
 from qstar.sampling import DRAWS
-from qstar.tilt import AlphaSettings
+from qstar.settings import alpha_settings, law_settings, parse_shard, prompt_settings
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 ALIGNMENTS = ("none", "exact")
@@ -148,48 +146,6 @@ def rename_guide_flags(argv: Sequence[str]) -> list[str]:
     return result
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """ "i/n" as (i, n).
-
-    Raises:
-        UserError: if it is none.
-    """
-    index, slash, count = text.partition("/")
-    good = slash and index.isdigit() and count.isdigit() and int(index) < int(count)
-    require(bool(good), f"run.shard {text!r} is not i/n with 0 <= i < n, such as 0/4")
-    return int(index), int(count)
-
-
-def alpha_settings(config: ConfigDict) -> AlphaSettings:
-    """Section `alpha`; raises UserError."""
-    a = config.alpha
-    return AlphaSettings(a.method, a.fixed, a.solver, a.tol, a.min, a.max, a.extrapolate)
-
-
-def law_settings(config: ConfigDict) -> LawSettings:
-    """Section `q` and the filters of `sampling`; raises UserError."""
-    q = config.q
-    return LawSettings(
-        q.special_tokens,
-        q.support,
-        q.support_top_k,
-        q.support_top_p,
-        config.sampling.top_k,
-        config.sampling.top_p,
-    )
-
-
-def prompt_settings(config: ConfigDict) -> tuple[PromptSettings, PromptSettings]:
-    """How pi_theta and pi_t are asked; raises UserError."""
-    d = config.data
-    limits = (d.max_prompt_tokens, d.overlong)
-    theta = PromptSettings(d.prompt_style, d.system, *limits, d.add_think_token)
-    t = PromptSettings(
-        d.prompt_style_t or d.prompt_style, d.system_t or d.system, *limits, d.add_think_token
-    )
-    return theta, t
-
-
 def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
     """Raises UserError unless a value is one of those allowed."""
     require(
@@ -197,12 +153,15 @@ def one_of(key: str, value: str, allowed: Sequence[str]) -> None:
     )
 
 
-def finalize(config: ConfigDict, needs_data: bool = True) -> None:
+def finalize(config: ConfigDict, needs_data: bool = True) -> list[str]:
     """Checks every value, the cheap way: nothing is read or downloaded.
 
     Args:
         config: the config.
         needs_data: whether data set and output are used (not by the Python API).
+
+    Returns:
+        Lines worth telling the user.
 
     Raises:
         UserError: with the key and what it may be.
@@ -259,3 +218,12 @@ def finalize(config: ConfigDict, needs_data: bool = True) -> None:
     if needs_data:
         require(bool(data.name), "data.name is empty: name a data set, for example problems")
         require(bool(run.output), "run.output is empty: name the file to write, OUTPUT.jsonl")
+    warnings = []
+    if config.alpha.method == "fixed" and data.hint_field and config.alpha.fixed == 1.0:
+        warnings.append("alpha.fixed=1 runs pi_theta alone: data.hint_field has no effect")
+    if run.deterministic and str(run.slots) == "auto":
+        warnings.append(
+            "run.deterministic with run.slots=auto: results are equal byte for byte only where the "
+            "same number of slots is found; name it"
+        )
+    return warnings

@@ -17,11 +17,12 @@ from common.signals import StopRequest
 from qstar.adapters import DatasetAdapter, RowError, Sample
 from qstar.backend import Backend, Progress
 from qstar.datasets import load_rows
-from qstar.defaults import finalize, parse_shard, prompt_settings
+from qstar.defaults import finalize
 from qstar.manifest import manifest_of, run_info
 from qstar.outcome import diagnostics_line, problem, sample_line, tokens_line
 from qstar.requests import Hint, Prompter, adapt, one_prompt, requests, wanted
 from qstar.scheduler import Finished, schedule
+from qstar.settings import parse_shard, prompt_settings
 from qstar.system import (
     System,
     check_backend,

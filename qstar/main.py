@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     from qstar.defaults import finalize
     from qstar.generate import run_generation
 
-    finalize(config)
+    for warning in finalize(config):
+        log.warning(warning)
     keep_compiled()
     dist.initialize()
     return run_generation(config)

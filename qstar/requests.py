@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from common.errors import require
 from qstar.adapters import DatasetAdapter, Message, RowError, Sample, make_adapter
 from qstar.backend import Request
-from qstar.defaults import parse_shard, prompt_settings
 from qstar.prompts import PromptSettings, encode, render, resolve_style
+from qstar.settings import parse_shard, prompt_settings
 from qstar.writer import Done
 
 

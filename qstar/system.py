@@ -20,7 +20,7 @@ from common.lm.source import Source, cache_root, resolve
 from common.lm.tokenizers import load_tokenizer
 from common.rundir import json_text
 from qstar.backend import Backend
-from qstar.defaults import alpha_settings, law_settings, prompt_settings
+from qstar.settings import alpha_settings, law_settings, prompt_settings
 from qstar.slots import Columns, Decoding
 from qstar.texts import Detokenizer
 from qstar.tiny import is_tiny, tiny_directory
@@ -138,8 +138,7 @@ def describe_system(config: ConfigDict, one_prompt: bool) -> System:
             sources[role], tokenizers[role] = sources["theta"], tokenizers["theta"]
             continue
         sources[role] = find_model(config, role)
-        place = getattr(config.model, f"tokenizer_{role}") or sources[role].path
-        tokenizers[role] = load_tokenizer(place)
+        tokenizers[role] = load_tokenizer(_names(config, role)[2] or sources[role].path)
     if config.backend == "jax":
         for role in roles:
             read_config(sources[role].path)  # refuses what the JAX decoder cannot compute
