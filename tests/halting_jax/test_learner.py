@@ -26,6 +26,7 @@ import jax, jax.numpy as jnp, numpy as np
 from common import flags
 from common.dist import make_mesh, shard_batch
 from halting_jax.build import build
+from halting_jax.evaluate import Evaluator
 from halting_jax.learner import compile_steps, init_state, make_step
 from halting_jax.source import generated_source
 from halting_jax.train import optim_settings, place
@@ -45,7 +46,7 @@ for spec in sys.argv[1:]:
     task = built.task
     if task.sample is None:
         built = dataclasses.replace(built, task=dataclasses.replace(task, sample=grid))
-    source = generated_source(built.task, 8, 8, 0)
+    source = generated_source(built.task, 32, 8, 0)
     settings = optim_settings(config, 20, 1)
     step = make_step(built.task, built.model, built.objective, settings)
     rows = jnp.arange(8, dtype=jnp.int32)
@@ -58,14 +59,17 @@ for spec in sys.argv[1:]:
         run = compile_steps(step, source.draw, mesh, mode)
         for _ in range(2):
             state, sums = jax.block_until_ready(run(state, shard_batch(mesh, rows), (), 2))
-        results[devices, mode] = jax.device_get((state.params, state.ema, sums))
+        evaluator = Evaluator(built.task, built.model, mesh, batch_size=32, tau=0.0, mode=mode)
+        graded = evaluator.run(state.params, source.evaluation["val"])
+        rows_of = {"correct": graded.correct, "steps": graded.steps}
+        results[devices, mode] = (*jax.device_get((state.params, state.ema, sums)), rows_of)
     for other in ((4, "jit"), (4, "pmap")):
         def same(a, b):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=f"{spec} {other}")
         # Devices leave their loops on their own: inner steps really computed differ.
         left, right = (
-            (p, e, s.means, s.grad_norm, s.ponder.histogram, s.ponder.cost)
-            for p, e, s in (results[1, "jit"], results[other])
+            (p, e, s.means, s.grad_norm, s.ponder.histogram, s.ponder.cost, rows_of)
+            for p, e, s, rows_of in (results[1, "jit"], results[other])
         )
         jax.tree.map(same, left, right)
 print("agree")
