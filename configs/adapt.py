@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.logging.exp_name = "adapt"
     c.backbone.max_length = 128
     c.backbone.score_mode = "left_to_right"
-    c.rollout.gen_len = 128
+    c.rollout.gen_len = 128 if variant == "cpu" else 192  # 98 % of the answers of GSM8K fit 192
     c.relation.temperature = 0.1
     c.relation.strings = "stripped"
     c.relation.numbers = "span"
@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
     p.ema_decay = 0.999
     p.steps_per_dispatch = 10
     p.eval_interval, p.checkpoint_interval = 1000, 500
-    p.eval_steps, p.eval_thresholds = (64, 128), (0.9,)
+    p.eval_steps, p.eval_thresholds = (96, 192), (0.9,)
     if variant == "cpu":
         p.stage_steps = (40,)
         p.batch_size = 4

@@ -1,5 +1,6 @@
 """From text records to fixed-shape integer arrays: prompts, key masks, targets, canvases."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import numpy as np
 from common.errors import UserError
 from reoac_jax.tokenizer import Tokenizer
 
+_ANNOTATION = re.compile(r"<<[^<>]*>>")  # the calculator calls in GSM8K answers
+
 
 class Encoded(NamedTuple):
     """Supervised examples as arrays.
@@ -15,7 +18,7 @@ class Encoded(NamedTuple):
     Attributes:
       prompt: [N, P] int32, right-padded with pad_id.
       prompt_len: [N] int32.
-      target: [N, G] int32: answer tokens, eos, then eos to the end of the canvas.
+      target: [N, G] int32: answer tokens (no annotations), eos, then eos to the canvas's end.
       target_len: [N] int32, answer tokens plus one eos, at most G.
       num_cut: rows whose prompt or target did not fit and were truncated.
     """
@@ -25,6 +28,11 @@ class Encoded(NamedTuple):
     target: np.ndarray
     target_len: np.ndarray
     num_cut: int
+
+
+def plain_answer(text: str) -> str:
+    """An answer without calculator annotations."""
+    return _ANNOTATION.sub("", text)
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,7 +64,7 @@ def encode_supervised(
                 f"record {missing} has no field {field!r}; it has {sorted(records[missing])}"
             )
     prompts, _ = tokenizer.encode_batch([r[prompt_field] for r in records])
-    targets, _ = tokenizer.encode_batch([r[answer_field] for r in records])
+    targets, _ = tokenizer.encode_batch([plain_answer(r[answer_field]) for r in records])
     cut = sum(
         len(p) > prompt_width or len(a) + 1 > gen_len for p, a in zip(prompts, targets, strict=True)
     )

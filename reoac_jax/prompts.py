@@ -1,6 +1,5 @@
 """Prompts of a data set as arrays, and batches of canvases made from them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,12 +7,10 @@ import numpy as np
 
 from common.errors import UserError
 from reoac_jax.backbone.base import Canvas
-from reoac_jax.corpus import lay_out, pad_rows
+from reoac_jax.corpus import lay_out, pad_rows, plain_answer
 from reoac_jax.key_tokens import key_mask
 from reoac_jax.records import slug
 from reoac_jax.tokenizer import Tokenizer
-
-ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
 class PromptSet(NamedTuple):
@@ -90,7 +87,7 @@ def encode_prompts(
         [f"{t} {g}" if g else "" for t, g in zip(texts, golds, strict=True)]
     )
     absolute, absolute_len = pad_rows(joined, prompt_width, tokenizer.pad_id)
-    plain, _ = tokenizer.encode_batch([ANNOTATION.sub("", g) for g in golds])
+    plain, _ = tokenizer.encode_batch([plain_answer(g) for g in golds])
     closed = [[*row[: gen_len - 1], tokenizer.eos_id] for row in plain]
     canvas_target, _ = pad_rows(closed, gen_len, tokenizer.eos_id)
     return PromptSet(
