@@ -133,8 +133,10 @@ def stream_limits(config: ConfigDict, prompts: Sequence[Sequence[int]], max_toke
     )
     wanted = config.online.batch_size_examples
     slots = wanted if wanted > 0 else config.jax.slots
+    # Powers of two for a few questions: few programs for all numbers of them.
+    few = 1 << (len(prompts) - 1).bit_length()
     return Limits(
-        slots=min(slots, len(prompts)),
+        slots=min(slots, few),
         max_points=config.control_points.M,
         max_tokens=max_tokens,
         capacity=_capacity(needed, config),
