@@ -41,15 +41,15 @@ def get_config(variant: str = "") -> ConfigDict:
         c.task.train_max_steps = 5
         c.task.eval_max_steps = 5
         c.model.hidden_size = 64
-        # A step does one gate, and a row holds up to ten: a little room is left beside them.
-        c.act.time_limit = 12
-        # Small batches: the model learns one more gate every few thousand steps, however large.
+        c.act.time_limit = 10
+        # A step does one gate. One gate more is learnt every few thousand steps, however large the
+        # batch; rows of ten, the most there are, after about 60000.
         c.data.batch_size = 16
         c.optim.lr = 3e-3
         c.optim.schedule = "cosine"
         c.optim.warmup_steps = 200
         c.optim.clip_norm = 1.0
-        c.train.max_steps = 80000
+        c.train.max_steps = 110000
         c.train.log_every = 250
         c.eval.every = 5000
     if variant == "tiny":

@@ -4,10 +4,10 @@ The rows still running are gathered into smaller and smaller buckets, so a batch
 of its rows' steps instead of the number of rows times the slowest row's steps. The sizes follow
 from the number of rows alone, and nothing is decided on the host:
 
-    B, 3/4 B, 1/2 B, 3/8 B, 1/4 B, and then halves, down to MIN_BUCKET
+    B, 3/4 B, 1/2 B, 3/8 B, 1/4 B, and then halves, by at least MIN_STEP rows each
 
 Close sizes come first, where a row too many costs most; every size is one copy of the model's step
-in the program. A batch of at most MIN_BUCKET rows is not divided.
+in the program. A batch of at most WHOLE rows is not divided.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,18 @@ import jax.numpy as jnp
 
 from halting_jax.types import Batch, Model, Outputs, Params
 
-MIN_BUCKET = 8  # smaller batches cost as much as this one
+WHOLE = 8  # batches of so few rows are not divided
+MIN_STEP = 4  # rows by which a bucket is smaller than the one before
 
 
 def bucket_sizes(rows: int) -> tuple[int, ...]:
     """Sizes of the buckets of a batch of so many rows, falling, the batch itself first."""
     sizes = [rows]
-    eighths = [6, 4, 3, 2]
-    for size in [-(-rows * n // 8) for n in eighths] + [-(-rows // 2**k) for k in range(3, 31)]:
-        size = max(size, MIN_BUCKET)
-        if size < sizes[-1]:
+    parts = [-(-rows * eighths // 8) for eighths in (6, 4, 3, 2)]
+    parts += [-(-rows // 2**k) for k in range(3, 31)]
+    for size in parts if rows > WHOLE else ():
+        size = max(size, MIN_STEP)
+        if sizes[-1] - size >= MIN_STEP:
             sizes.append(size)
     return tuple(sizes)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halting_jax.early_exit import MIN_BUCKET, bucket_sizes, with_early_exit
+from halting_jax.early_exit import MIN_STEP, WHOLE, bucket_sizes, with_early_exit
 from halting_jax.types import Batch, Model, Outputs, Ponder
 
 LIMIT = 40
@@ -76,7 +76,7 @@ def test_same_results_at_the_cost_of_the_mean(rows: int) -> None:
     alive = [int((need > step).sum()) for step in range(need.max())]
     assert int(row_steps) == sum(min(s for s in sizes if s >= count) for count in alive)
     if rows == 64:
-        assert row_steps <= 1.5 * need.sum() + MIN_BUCKET * need.max()
+        assert row_steps <= 1.5 * need.sum() + MIN_STEP * need.max()
         assert row_steps < 0.75 * rows * need.max()
 
 
@@ -89,13 +89,14 @@ def test_a_row_that_never_starts_and_a_batch_that_stops_at_once() -> None:
     need[13] = LIMIT
     found, row_steps = run(jnp.float32(2.0), _batch(need))
     np.testing.assert_array_equal(found.ponder.steps[:, 0], need)
-    assert row_steps == MIN_BUCKET * LIMIT
+    assert row_steps == bucket_sizes(20)[-1] * LIMIT
 
 
 def test_buckets_fall_from_the_batch_to_the_smallest() -> None:
-    assert bucket_sizes(64) == (64, 48, 32, 24, 16, 8)
+    assert bucket_sizes(64) == (64, 48, 32, 24, 16, 8, 4)
+    assert bucket_sizes(50) == (50, 38, 25, 19, 13, 7)
     assert bucket_sizes(8) == (8,) and bucket_sizes(3) == (3,)
     for rows in range(1, 300):
         sizes = bucket_sizes(rows)
-        assert sizes[0] == rows and sizes[-1] == min(rows, MIN_BUCKET)
-        assert all(b < a <= 2 * b for a, b in zip(sizes, sizes[1:], strict=False))
+        assert sizes[0] == rows and (rows <= WHOLE or sizes[-1] < 2 * MIN_STEP)
+        assert all(b + MIN_STEP <= a <= 3 * b for a, b in zip(sizes, sizes[1:], strict=False))
