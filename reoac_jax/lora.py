@@ -21,7 +21,10 @@ from reoac_jax.backbone.dit import DiTConfig
 from reoac_jax.scratch import NetworkConfig
 
 ATTENTION = {"e2d2": ("q_proj", "k_proj", "v_proj", "o_proj"), "dit": ("attn_qkv", "attn_out")}
-MLP = {"e2d2": ("gate_proj", "up_proj", "down_proj"), "dit": ("blocks.{i}.mlp.0", "blocks.{i}.mlp.2")}
+MLP = {
+    "e2d2": ("gate_proj", "up_proj", "down_proj"),
+    "dit": ("blocks.{i}.mlp.0", "blocks.{i}.mlp.2"),
+}
 
 
 def network_names(network: NetworkConfig) -> tuple[list[Rule], dict[str, tuple[int, ...]]]:

@@ -1,8 +1,8 @@
 """Plain samplers: what the backbone does without a policy.
 
 Confidence decoding writes, at every forward pass, the masked positions the model is surest of:
-a fixed share of what remains (`num_steps` passes in all), or every position whose probability
-reaches a threshold, at least one (parallel confidence decoding, Wu et al., 2025).
+a fixed share of what remains (`num_steps` passes in all), or every position that a rule of
+parallel confidence decoding allows, at least one (`unmasking`).
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from common.lm.layers import Params
 from reoac_jax.backbone.base import Backbone, Canvas
-from reoac_jax.selection import best_k
+from reoac_jax.unmasking import unmask
 
 
 class Decoded(NamedTuple):
@@ -42,6 +42,7 @@ def confidence_decode(
     *,
     num_steps: int,
     threshold: float | None = None,
+    factor: float | None = None,
 ) -> Decoded:
     """Fill every canvas, most confident positions first. Greedy and deterministic.
 
@@ -50,6 +51,7 @@ def confidence_decode(
       num_steps: most forward passes; step t writes ceil(masked / passes left) positions.
       threshold: if given, also write every position with probability >= threshold, and at least
         one; rows then finish early.
+      factor: if given, the factor rule of `unmask`, likewise.
 
     Returns:
       Decoded; rows that are complete stop counting forwards.
@@ -73,13 +75,11 @@ def confidence_decode(
             # The last pass completes the canvas, whatever the order of the blocks.
             candidates = masked & (scores.editable | (passes_left == 1))
         even = -(-remaining // passes_left)
-        if threshold is None:
-            write = best_k(confidence, candidates, even)
-        else:
-            # Without the floor of `even` on the last pass a canvas could stay incomplete.
-            floor = jnp.where(passes_left == 1, remaining, 1)
-            write = best_k(confidence, candidates, floor)
-            write |= candidates & (confidence >= threshold)
+        at_least = even
+        if threshold is not None or factor is not None:
+            # Without the floor on the last pass a canvas could stay incomplete.
+            at_least = jnp.where(passes_left == 1, remaining, 1)
+        write = unmask(confidence, candidates, at_least, threshold=threshold, factor=factor)
         gen_ids = jnp.where(write, token, state.gen_ids)
         return _State(state.step + 1, gen_ids, state.forwards + active)
 
