@@ -20,12 +20,12 @@ class Question(NamedTuple):
     """One row of work.
 
     Attributes:
-        index: what the caller knows it by.
+        number: what the caller knows it by.
         row: identity of its random draws.
         prompt: token ids.
     """
 
-    index: int
+    number: int
     row: int
     prompt: list[int]
 
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     """A finished answer.
 
     Attributes:
-        index: of the question.
+        number: of the question.
         token_ids: committed tokens, the end token included.
         finish: how the last segment ended, as in `Rollout.finish`.
         probe_tokens: tokens of all probes.
@@ -43,7 +43,7 @@ class Answer(NamedTuple):
         truncated: the budget ran out before the end of the text.
     """
 
-    index: int
+    number: int
     token_ids: list[int]
     finish: str
     probe_tokens: int
@@ -225,7 +225,7 @@ def _finished(slot: _Slot, limits: Limits) -> bool:
 
 def _answer(slot: _Slot, work: Work, limits: Limits) -> Answer:
     return Answer(
-        index=slot.question.index,
+        number=slot.question.number,
         token_ids=slot.token_ids,
         finish=slot.finish,
         probe_tokens=slot.probe_tokens,

@@ -5,6 +5,8 @@ so an unknown key is an error that names the nearest ones. Texts that are "" and
 stand for "not given" where the comment says so.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -20,7 +22,7 @@ from esm.select import METHODS as SELECT_METHODS
 BACKENDS = ("jax", "hf", "vllm")
 METHODS = ("greedy", "esm", "static", "self_consistency")
 # Ablations by name: what they change, and whether the whole pipeline runs again for them.
-ABLATIONS = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "random_mining": {"offline_mine.method": "random"},
     "top1_memory": {"offline_select.B": 1, "online.k_retrieve": 1, "online.L": 1},
     "no_dpp": {"offline_select.method": "top"},
@@ -298,6 +300,6 @@ def _known(key: str, name: str, allowed: tuple[str, ...]) -> None:
         raise UserError(f"config key {key}: {name!r} is none of {', '.join(allowed)}")
 
 
-def _at(config: ConfigDict, key: str) -> float | int | str:
+def _at(config: ConfigDict, key: str) -> Any:
     section, _, name = key.partition(".")
     return config[section][name]

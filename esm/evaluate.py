@@ -178,7 +178,7 @@ def run_method(evaluation: Evaluation, method: str) -> list[dict[str, Any]]:
 
 def run_ablation(evaluation: Evaluation, name: str) -> list[dict[str, Any]]:
     """One variant or named ablation at the same budget."""
-    overrides = {"online.variant": name} if name in VARIANTS else ABLATIONS[name]
+    overrides: Mapping[str, Any] = {"online.variant": name} if name in VARIANTS else ABLATIONS[name]
     config = evaluation.config.copy_and_resolve_references()
     with config.unlocked():
         for key, value in overrides.items():
@@ -234,8 +234,9 @@ def write_tables(evaluation: Evaluation) -> None:
     accuracies = {method: row["acc"] for method, row in found.items()}
     tables.write_main(run.tables, config.task.dataset, split, top, accuracies)
     tables.write_diagnostics(run.tables, top, found)
-    both = {m: rows[m] for m in ("greedy", "esm") if m in rows}
-    figures.draw_lengths(run.path / "figures", top, both or rows)
+    both: dict[str, Any] = {m: rows[m] for m in ("greedy", "esm") if m in rows}
+    drawn: Mapping[str, Any] = both or rows
+    figures.draw_lengths(run.path / "figures", top, drawn)
     if len(both) == 2:
         row = compare(both["greedy"], both["esm"], top, config.eval.bootstrap)
         tables.write_comparison(run.tables, row)

@@ -49,7 +49,7 @@ class Memory:
         """Distinct layers, ascending: those whose states are looked up."""
         return tuple(int(x) for x in np.unique(self.layer))
 
-    def entries(self, keys: np.ndarray | None = None) -> Entries:
+    def entries(self, keys: Any = None) -> Entries:
         """The memory as the lookup wants it; an empty one is a single padding row.
 
         Args:
@@ -59,12 +59,17 @@ class Memory:
         pad = 1 if empty else 0
         slots = {layer: slot for slot, layer in enumerate(self.layers)}
         layer = np.asarray([slots[int(x)] for x in self.layer], np.int32)
+
+        def padded(x: np.ndarray, *value: int) -> Any:
+            width = ((0, pad), *[(0, 0)] * (x.ndim - 1))
+            return np.pad(x, width, constant_values=value or (0,))
+
         return Entries(
-            keys=np.pad(self.keys if keys is None else keys, ((0, pad), (0, 0))),
-            layer=np.pad(layer, (0, pad), constant_values=NO_LAYER),
-            point=np.pad(self.point, (0, pad), constant_values=PADDING),
-            quality=np.pad(self.quality, (0, pad)),
-            is_null=np.pad(self.is_null, (0, pad)),
+            keys=padded(self.keys if keys is None else keys),
+            layer=padded(layer, NO_LAYER),
+            point=padded(self.point, PADDING),
+            quality=padded(self.quality),
+            is_null=padded(self.is_null),
         )
 
     def toolbox(self, random_seed: int | None = None) -> Toolbox:
@@ -82,8 +87,8 @@ class Memory:
             digest = hashlib.sha256(f"{seed}/{tool_id}".encode()).digest()
             rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
             draw = rng.standard_normal(self.vectors.shape[1])
-            length = np.linalg.norm(self.vectors[row])
-            noise[row] = draw * (length / max(np.linalg.norm(draw), MIN_NORM))
+            length = float(np.linalg.norm(self.vectors[row]))
+            noise[row] = draw * (length / max(float(np.linalg.norm(draw)), MIN_NORM))
         return noise
 
 

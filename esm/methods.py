@@ -115,7 +115,7 @@ def run_policy(
             session.engine, policy, questions, limits, decoding(config, session), on_round
         )
         for answer in found:
-            pipe.answered(examples[answer.index], answer, session.text(answer.token_ids))
+            pipe.answered(examples[answer.number], answer, session.text(answer.token_ids))
 
 
 def stream_limits(config: ConfigDict, prompts: Sequence[Sequence[int]], max_tokens: int) -> Limits:

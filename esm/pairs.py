@@ -248,7 +248,7 @@ def _rank(
 def _contrast(
     states: jax.Array, pos: jax.Array, neg: jax.Array, rewards: jax.Array, *, quality: str
 ) -> Contrast:
-    return jax.vmap(lambda *row: contrast(*row, quality))(states, pos, neg, rewards)
+    return jax.vmap(lambda s, p, n, r: contrast(s, p, n, r, quality))(states, pos, neg, rewards)
 
 
 def _randomize(
@@ -341,7 +341,8 @@ def _pair(
         "neg_k": sorted(neg, key=lambda k: rewards[k]),
     }
     at = (q, m, place)
-    return Pair(question.order, meta, found.right[at], found.wrong[at], found.vector[at])
+    states = (np.asarray(x[at]) for x in (found.right, found.wrong, found.vector))
+    return Pair(question.order, meta, *states)
 
 
 def _names(chosen: np.ndarray) -> list[int]:

@@ -262,7 +262,8 @@ class MemoryPolicy:
             axis=1,
         )[:, 0]
         picked = np.where(consulted, picked, NO_TOOL)
-        view = _View(*jax.device_get((found, cand)), conf, probed, choice, score, alpha, scores)
+        host = jax.device_get((found, cand))
+        view = _View(host[0], host[1], conf, probed, choice, score, alpha, scores)
         return Plan(
             tools=np.where(picked == NO_TOOL, NO_TOOL, picked + self._noise_from).astype(np.int32),
             strengths=np.where(picked == NO_TOOL, 0, alpha).astype(np.float32),

@@ -123,7 +123,7 @@ def _by_dpp(
             first,
             None if group is None else np.pad(group, (0, capacity - count), constant_values=-1),
         )
-        index = np.asarray(picks.index)[:size]
+        index = np.asarray(picks.entry)[:size]
     return [order[i] for i in index if i >= len(given)]
 
 

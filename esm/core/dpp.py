@@ -18,12 +18,12 @@ class Picks(NamedTuple):
     """What was picked, in order.
 
     Attributes:
-        index: [B] int32, NONE behind the last pick.
+        entry: [B] int32, NONE behind the last pick.
         gain: [B], 0 behind the last pick.
         residual: [B], s of each pick; 0 behind the last.
     """
 
-    index: jax.Array
+    entry: jax.Array
     gain: jax.Array
     residual: jax.Array
 
@@ -84,7 +84,7 @@ def dpp_greedy(
         )  # [N]
         new = jnp.where(found, (row - own) / jnp.sqrt(residual), 0)
         picks = Picks(
-            index=carry.picks.index.at[step].set(jnp.where(found, best, NONE).astype(jnp.int32)),
+            entry=carry.picks.entry.at[step].set(jnp.where(found, best, NONE).astype(jnp.int32)),
             gain=carry.picks.gain.at[step].set(jnp.where(found, gain[best], 0)),
             residual=carry.picks.residual.at[step].set(jnp.where(found, residual, 0)),
         )

@@ -51,14 +51,14 @@ def candidates(found: Retrieved, entries: Entries, count: int) -> Candidates:
         entries: the memory.
         count: L, static; rows with fewer tools are padded.
     """
-    batch, k = found.index.shape
+    batch, k = found.entry.shape
     if k == 0:  # sorting has nothing to sort
         none = jnp.zeros((batch, count))
         return Candidates(
             none.astype(jnp.int32) + NO_TOOL, none, none, jnp.zeros((batch,), jnp.float32)
         )
-    quality = entries.quality[found.index]
-    is_null = entries.is_null[found.index]
+    quality = entries.quality[found.entry]
+    is_null = entries.is_null[found.entry]
     ahat = found.sim * quality
     null_ahat = jnp.where(found.valid & is_null, ahat, 0).max(axis=1, initial=0)
     is_tool = found.valid & ~is_null
@@ -72,7 +72,7 @@ def candidates(found: Retrieved, entries: Entries, count: int) -> Candidates:
         return jnp.where(kept, jnp.pad(chosen, ((0, 0), (0, max(0, short)))), empty)
 
     return Candidates(
-        tool=take(found.index, NO_TOOL).astype(jnp.int32),
+        tool=take(found.entry, NO_TOOL).astype(jnp.int32),
         ahat=take(ahat, 0),
         sim=take(found.sim, 0),
         null_ahat=null_ahat,

@@ -42,7 +42,7 @@ class Retrieved(NamedTuple):
     """The most similar entries of every row.
 
     Attributes:
-        index: [B, k] int32.
+        entry: [B, k] int32.
         sim: [B, k] float32 cosine, descending.
         valid: [B, k] bool; all False unless the reason is OK.
         reason: [B] int32, index into REASONS.
@@ -51,7 +51,7 @@ class Retrieved(NamedTuple):
         top_sim: [B] float32, the largest cosine; NaN where nothing was compared.
     """
 
-    index: jax.Array
+    entry: jax.Array
     sim: jax.Array
     valid: jax.Array
     reason: jax.Array
@@ -119,7 +119,7 @@ def retrieve(
     reason = jnp.where(filled.any(), reason, EMPTY_MEMORY).astype(jnp.int32)
     compared = (reason == OK) | (reason == LOW_SIM)
     return Retrieved(
-        index=index.astype(jnp.int32),
+        entry=index.astype(jnp.int32),
         sim=jnp.where(valid, top, 0).astype(jnp.float32),
         valid=valid & (reason == OK)[:, None],
         reason=reason,

@@ -47,8 +47,8 @@ def test_double_precision(case: dict[str, Any]) -> None:
     with jax.enable_x64(True):
         picks = _picks(case, np.float64)
     count = len(case["picked"])
-    assert picks.index[:count].tolist() == case["picked"]
-    assert (picks.index[count:] == NONE).all()
+    assert picks.entry[:count].tolist() == case["picked"]
+    assert (picks.entry[count:] == NONE).all()
     np.testing.assert_allclose(picks.gain[:count], case["gains"], rtol=0, atol=1e-9)
     np.testing.assert_allclose(picks.residual[:count], case["residual_var"], rtol=0, atol=1e-9)
     if case["objective"] is not None:
@@ -58,4 +58,4 @@ def test_double_precision(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", [pytest.param(c, id=c["name"]) for c in FLOAT32])
 def test_single_precision(case: dict[str, Any]) -> None:
     picks = _picks(case, np.float32)
-    assert picks.index[: len(case["picked"])].tolist() == case["picked"]
+    assert picks.entry[: len(case["picked"])].tolist() == case["picked"]

@@ -9,8 +9,11 @@ import pytest
 from common.engines.base import Decoding
 from common.engines.scripted import ScriptedEngine, read_script
 from esm.controller import Answer, Limits, Question, answer_questions
+from esm.datasets import TaskExample
+from esm.grading import grade
 from esm.memory import Memory, make_memory
 from esm.policies import MemoryPolicy, NullPolicy, Policy, PolicySettings
+from esm.results import answer_row, rollout_row
 from tests.parity import esm_cases
 
 CONTENT = esm_cases.read("online.json")
@@ -37,6 +40,11 @@ def _settings(online: dict[str, Any]) -> PolicySettings:
     return PolicySettings(**{names.get(key, key): value for key, value in online.items()})
 
 
+def _example(index: int) -> TaskExample:
+    example = WORLD["examples"][index]
+    return TaskExample("gsm8k", example["id"], "", example["gold_field"], {"split": "test"})
+
+
 def _answers(run: dict[str, Any], slots: int) -> dict[int, Answer]:
     engine = _engine()
     settings = _settings(run["online"])
@@ -58,7 +66,7 @@ def _answers(run: dict[str, Any], slots: int) -> dict[int, Answer]:
     ]
     decoding = Decoding(stop_ids=engine.script.stop_ids)
     found = answer_questions(engine, policy, questions, limits, decoding)
-    return {answer.index: answer for answer in found}
+    return {answer.number: answer for answer in found}
 
 
 def _assert_same(actual: Any, expected: Any, where: str) -> None:
@@ -90,9 +98,59 @@ def test_steps(run: dict[str, Any], slots: int) -> None:
         assert _engine().decode(answer.token_ids) == row["text"], where
         assert len(answer.token_ids) == row["tokens_used"], where
         assert answer.probe_tokens == row["probe_tokens_used"], where
+        made = answer_row(_example(index), answer, row["text"])
+        for key in ("task", "example_id", "budget_used", "finish_reason"):
+            assert made[key] == row[key], (where, key)
         _assert_same(answer.steps, row["steps"], where)
 
 
 @pytest.mark.parametrize("slots", [1, 10])
 def test_the_number_of_slots_does_not_matter(slots: int) -> None:
     assert _answers(RUNS[0], slots) == _answers(RUNS[0], 4)
+
+
+@pytest.mark.parametrize("run", [pytest.param(run, id=run["name"]) for run in RUNS])
+def test_greedy_rows(run: dict[str, Any]) -> None:
+    engine = _engine()
+    prompts = [engine.encode(example["prompt"]) for example in WORLD["examples"]]
+    rows = [[i] for i in range(len(prompts))]
+    found = engine.sample(prompts, rows, Decoding(), run["T_max"])
+    for index, (expected, [rollout]) in enumerate(zip(run["greedy"], found, strict=True)):
+        text = engine.decode(rollout.token_ids)
+        row = rollout_row(_example(index), rollout, text, 1)
+        for key in ("task", "example_id", "tokens_used", "finish_reason", "text"):
+            assert row[key] == expected[key], key
+
+
+@pytest.mark.parametrize("kind", ["rows", "greedy"])
+@pytest.mark.parametrize("grader", ["strict", "legacy"])
+def test_verdicts(kind: str, grader: str) -> None:
+    for run in RUNS:
+        for index, row in enumerate(run[kind]):
+            verdict = grade(
+                _example(index), row["text"], row["finish_reason"], "gsm8k_0shot", grader
+            )
+            assert verdict.correct == row["correct"] == verdict.correct_legacy, row
+            assert verdict.gold == row["gold"]
+            if grader == "legacy":
+                assert verdict.pred == row["pred"]
+
+
+def test_the_end_of_the_text_ends_the_answer() -> None:
+    """An end token right behind a delimiter: the original went on and steered past the end."""
+    content = esm_cases.read("online_eos.json")
+    engine = ScriptedEngine(read_script(esm_cases.path("online_eos.json")))
+    first = next(iter(content["generate"]))
+    budget = int(first.split("||")[2])
+    limits = Limits(1, 10, budget, budget + 1, WORLD["delimiter"])
+    question = Question(0, 0, engine.encode(content["prompt"]))
+    decoding = Decoding(stop_ids=engine.script.stop_ids)
+    [answer] = answer_questions(engine, NullPolicy(4), [question], limits, decoding)
+    desired = content["desired"]
+    assert engine.decode(answer.token_ids) == desired["text"]
+    assert len(answer.token_ids) == desired["tokens_used"]
+    assert len(answer.steps) == desired["n_steps"] and answer.finish == "eos"
+    row = answer_row(_example(0), answer, desired["text"])
+    assert row["finish_reason"] == desired["finish_reason"] and not row["truncated"]
+    verdict = grade(_example(0), desired["text"], "stop", "gsm8k_0shot", "strict")
+    assert (verdict.pred, verdict.correct) == (desired["pred"], desired["correct"])

@@ -75,4 +75,4 @@ def test_retrieval(memory: str) -> None:
         for place, decided in enumerate(_separated(case["sim"]) if case["sim"] else []):
             # With fewer kept than there are, the last one may be tied with one left out.
             if decided and place < max(1, len(case["sim"]) - 1):
-                assert row.index[place] == case["idx"][place], case
+                assert row.entry[place] == case["idx"][place], case
