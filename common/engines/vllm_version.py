@@ -53,10 +53,15 @@ def require_vllm() -> str:
     return name
 
 
+def on_cpu() -> bool:
+    """Whether the installed vLLM is its CPU build."""
+    return installed_version()[0] == CPU_DISTRIBUTION
+
+
 def prepare_environment() -> None:
     """Settings vLLM reads when it is imported; what the user has set stays."""
     values = dict(_ENVIRONMENT)
-    if installed_version()[0] == CPU_DISTRIBUTION:
+    if on_cpu():
         values |= _ENVIRONMENT_CPU | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
     for key, value in values.items():
         os.environ.setdefault(key, value)
