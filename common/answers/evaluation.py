@@ -7,8 +7,9 @@ from fractions import Fraction
 
 from common.answers.expressions import Node
 
-MAX_BITS = 4096  # of an exact numerator or denominator
-MAX_FACTORIAL = 170
+MAX_BITS = 1 << 16  # of an exact numerator or denominator
+MAX_COUNT = 1000  # argument of exact factorials and binomials
+MAX_FACTORIAL = 170  # the largest in double precision
 
 Numeric = complex
 
@@ -112,7 +113,7 @@ def _integer_root(value: int, index: int) -> int | None:
 def _exact_count(op: str, values: list[Fraction]) -> Fraction | None:
     if any(value.denominator != 1 or value < 0 for value in values):
         return None
-    if any(value > MAX_FACTORIAL for value in values):
+    if any(value > MAX_COUNT for value in values):
         raise TooLarge
     numbers = [int(value) for value in values]
     return Fraction(math.factorial(numbers[0]) if op == "fact" else math.comb(*numbers))

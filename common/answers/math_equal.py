@@ -209,7 +209,7 @@ def _unordered(a: Value, b: Value, algebra: Algebra) -> Match:
 
 
 def _bases(a: Value, b: Value, algebra: Algebra) -> Match:
-    return Match.EQUAL if a.node == b.node else Match.DIFFERENT
+    return Match.EQUAL if a.text == b.text else Match.DIFFERENT
 
 
 def _relations(a: Value, b: Value, algebra: Algebra) -> Match:

@@ -88,10 +88,14 @@ def readings(text: str) -> tuple[Value, ...]:
     text = normalize(text)
     if len(text) > MAX_TEXT:
         return (Value("text", text=text),)
-    found = [parse_value(text)]
     grouped = _COMMA_GROUPS.sub(lambda hit: hit.group().replace(",", ""), text)
-    if grouped != text and not _inside_brackets(text):
-        found.insert(0, parse_value(grouped))
+    if grouped == text or _inside_brackets(text):
+        found = [parse_value(text)]
+    elif ",0" in text:
+        # "4,000" is no list of 4 and 000.
+        found = [parse_value(grouped)]
+    else:
+        found = [parse_value(grouped), parse_value(text)]
     label = _LABEL.match(text.replace(SPAN_OPEN, " ").replace(SPAN_CLOSE, " ").lstrip())
     if label is not None:
         plain = text.replace(SPAN_OPEN, " ").replace(SPAN_CLOSE, " ").lstrip()

@@ -44,6 +44,7 @@ _LINE_LEAD = re.compile(
     r"\b[\s,:]*)+",
     re.IGNORECASE,
 )
+_MAX_BITS = 8192  # of a number that is written out in a record
 _START = re.compile(r"[\s$\u20ac\u00a3*(]*")
 
 
@@ -161,7 +162,7 @@ def _read_number(span: str, rule: str) -> _Reading | None:
     for value in readings(span):
         last = value.parts[-1] if value.kind == "relation" else value
         exact = rational(last) if last.kind == "scalar" else None
-        if exact is not None:
+        if exact is not None and exact.numerator.bit_length() < _MAX_BITS:
             return _number(exact)
     literals = list(numbers(span))
     if not literals:
