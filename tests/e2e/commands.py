@@ -40,6 +40,7 @@ PAPER = (
     "--config.logging.sample_interval=1",
     "--config.rollout.save_relation=True",
 )
+PATIENCE = 900.0  # seconds until a slow test gives a command up, on a machine that is busy
 MEASURED = ("time/", "speed/", "memory/")
 
 
@@ -58,12 +59,16 @@ def start(
 
 
 def run(
-    *args: str, cwd: Path | None = None, module: str = "reoac_jax.main", **env: str
+    *args: str,
+    cwd: Path | None = None,
+    module: str = "reoac_jax.main",
+    timeout: float = 280,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """The same, to its end; killed after `timeout` seconds."""
     process = start(*args, cwd=cwd, module=module, **env)
     try:
-        out, err = process.communicate(timeout=280)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
@@ -79,7 +84,7 @@ def stop_at_step(
 ) -> int:
     """Start a run, send it a signal once checkpoint `step` is there, and return its status."""
     process = start(f"--workdir={workdir}", *args, module=module)
-    limit = time.monotonic() + 240
+    limit = time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < limit:
         if (workdir / "checkpoints" / str(step) / "summary.json").exists():
             process.send_signal(number)
@@ -101,7 +106,7 @@ def kill_after(workdir: Path, seconds: float, *args: str, module: str = "reoac_j
         return len(path.read_text().splitlines()) if path.exists() else 0
 
     process = start(f"--workdir={workdir}", *args, module=module)
-    limit, before = time.monotonic() + 240, lines()
+    limit, before = time.monotonic() + PATIENCE, lines()
     while process.poll() is None and time.monotonic() < limit and lines() <= before:
         before = min(before, lines())  # lines behind the checkpoint are cut off when it starts
         time.sleep(0.002)

@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 from common import flags
 from common.errors import Interrupted, UserError
 from halting_jax import main as halting_main
-from tests.e2e.commands import arrays, contents, kill_after, run, stop_at_step
+from tests.e2e.commands import PATIENCE, arrays, contents, kill_after, run, stop_at_step
 from tests.parity.fixtures import fixture_root
 
 MODULE = "halting_jax.main"
@@ -109,13 +109,13 @@ def test_killed_run_goes_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     args = (*_args(kind), "--config.train.save_every_steps=2", "--config.train.log_every=3")
     if kind == "maze_act":
         args = (*args, "--config.train.save_every_epochs=0")
-    done = run(*args, f"--workdir={whole}", module=MODULE)
+    done = run(*args, f"--workdir={whole}", module=MODULE, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     stop_at_step(killed, 2, signal.SIGKILL, *args, module=MODULE)
     moments = np.random.default_rng().uniform(0.0, 1.0, 3)
     for moment in moments:
         kill_after(killed, float(moment), *args, module=MODULE)
-    done = run(*args, f"--workdir={killed}", module=MODULE)
+    done = run(*args, f"--workdir={killed}", module=MODULE, timeout=PATIENCE)
     assert done.returncode == 0, (moments, done.stderr[-2000:])
     _assert_same_run(killed, whole)
 
