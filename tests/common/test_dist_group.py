@@ -13,8 +13,8 @@ from tests.common import group_work
 from tests.common.groups import run_group
 
 # Compiling is most of the time: the other halves of these are among the slow tests below.
-TASKS = {2: ("reoac_fsdp", "save", "primitives"), 4: ("halting_fsdp",)}
-MORE = {2: ("halting", "halting_fsdp"), 4: ("reoac", "reoac_fsdp", "primitives")}
+TASKS = {2: ("reoac_fsdp", "halting_fsdp", "save", "primitives"), 4: ("restore",)}
+MORE = {2: ("halting",), 4: ("reoac", "reoac_fsdp", "halting_fsdp", "primitives")}
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -23,7 +23,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of both groups; the second restores what the first saved."""
     path = tmp_path_factory.mktemp("groups")
     run_group(2, ["-m", "tests.common.group_work", str(path), *TASKS[2]])
-    run_group(4, ["-m", "tests.common.group_work", str(path), *TASKS[4], "restore"])
+    run_group(4, ["-m", "tests.common.group_work", str(path), *TASKS[4]])
     return path
 
 
