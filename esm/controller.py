@@ -36,6 +36,7 @@ class Answer(NamedTuple):
     Attributes:
         number: of the question.
         token_ids: committed tokens, the end token included.
+        log_prob: sum of their log-probabilities under the (steered) model at temperature 1.
         finish: how the last segment ended, as in `Rollout.finish`.
         probe_tokens: tokens of all probes.
         steps: the step log.
@@ -45,6 +46,7 @@ class Answer(NamedTuple):
 
     number: int
     token_ids: list[int]
+    log_prob: float
     finish: str
     probe_tokens: int
     steps: list[dict[str, Any]]
@@ -83,6 +85,7 @@ class _Slot:
     question: Question
     point: int = 1  # the segment to come; M + 1 = the rest
     token_ids: list[int] = dataclasses.field(default_factory=list)
+    log_prob: float = 0.0
     probe_tokens: int = 0
     finish: str = "length"
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -177,6 +180,7 @@ def _round(stream: Any, policy: Policy, slots: list[_Slot | None], limits: Limit
         else:
             _log_step(slot, segment, plan.logs[place], int(plan.spent[place]), limits)
         slot.token_ids += segment.token_ids
+        slot.log_prob += float(np.sum(segment.log_probs))
         slot.finish = segment.finish
         slot.in_tail = slot.point > limits.max_points
         if not slot.in_tail:
@@ -227,6 +231,7 @@ def _answer(slot: _Slot, work: Work, limits: Limits) -> Answer:
     return Answer(
         number=slot.question.number,
         token_ids=slot.token_ids,
+        log_prob=slot.log_prob,
         finish=slot.finish,
         probe_tokens=slot.probe_tokens,
         steps=slot.steps,

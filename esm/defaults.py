@@ -76,7 +76,7 @@ def get_default_config() -> ConfigDict:
     c.decode.temperature = 0.0
     c.decode.top_p = 1.0
     c.decode.max_new_tokens = 256  # T, committed tokens of an answer
-    c.decode.logprobs = 1  # kept for old configs: log-probabilities are always recorded
+    c.decode.logprobs = 1  # 0 leaves the log-probability of an answer out of its row
 
     c.control_points = ConfigDict()
     c.control_points.M = 6
@@ -129,7 +129,7 @@ def get_default_config() -> ConfigDict:
     c.online.max_tool_m = placeholder(int)
     c.online.min_tool_m = placeholder(int)
     c.online.batch_size_examples = 0  # answers side by side; <= 0: jax.slots
-    c.online.protocol = "P1"  # kept for old configs: nothing depends on it
+    c.online.protocol = "P1"  # the only one
     c.online.injection_scope = "segment"  # segment | persistent
     c.online.probe_scale = "unit"  # unit | commit
     c.online.alpha_max = 0.0  # 0 = no limit
@@ -173,7 +173,7 @@ def get_default_config() -> ConfigDict:
     c.suite.gpus = ()  # numbers, one process each; () = suite.slots processes on the CPU
     c.suite.slots = 1
     c.suite.stages = ("mine", "select", "memory", "eval")
-    c.suite.datasets = ()  # dicts: name, prompt_template, any key of `task`, any dotted override
+    c.suite.datasets = ()  # dicts: name, prompt_template, keys of `task`, dotted keys, run_name
     c.suite.id = ""  # "" = a time stamp
     return c
 

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from common import flags
+from common.errors import require
 from common.rundir import json_text, read_jsonl
 from esm import figures, tables
 from esm.cases import write_cases
@@ -116,6 +117,10 @@ def evaluate(
 
 def prepare(config: ConfigDict, run: Run, sessions: Sessions, monitor: Monitor) -> Evaluation:
     """Checks everything that can be checked before a model is loaded."""
+    require(
+        config.online.protocol == "P1",
+        f"online.protocol={config.online.protocol!r}: only P1 exists",
+    )
     steered = needs_memory(config)
     source = artifact_run(config, run) if steered else run
     examples = eval_examples(config)

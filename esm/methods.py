@@ -241,6 +241,7 @@ class _Pipe:
     ) -> None:
         self.grader = Grader(config.prompt.template, config.eval.grader, config.eval.grader_workers)
         self.tokens = 0
+        self._log_probs = config.decode.logprobs > 0
         self._results = results
         self._monitor = monitor
         self._merge = merge
@@ -277,6 +278,8 @@ class _Pipe:
             row = self._merge(item, verdict)
             if row is None:
                 continue
+            if not self._log_probs:
+                row.pop("logprob_sum", None)
             self._results.add(row)
             self._right += bool(row["correct"])
             self._bar.update()

@@ -142,6 +142,7 @@ def rollout_row(
         "prefill_tokens": prompt_tokens,
         "forward_positions": prompt_tokens + count,
         "text": text,
+        "logprob_sum": round(float(sum(rollout.log_probs)), 4),
         "token_ids": rollout.token_ids,
     }
 
@@ -162,6 +163,7 @@ def answer_row(example: TaskExample, answer: Answer, text: str) -> dict[str, Any
         "probe_tokens_reused": work.probe_reused,
         "forward_positions": work.prefill + work.commit + work.probe + work.reread,
         "text": text,
+        "logprob_sum": round(answer.log_prob, 4),
         "token_ids": answer.token_ids,
         "steps": answer.steps,
     }

@@ -80,7 +80,7 @@ class Sessions:
             UserError: a backend cannot do what is asked of it, or the model is not there.
         """
         for purpose in purposes:
-            backend = str(config.backend[purpose])
+            backend = backend_of(config, purpose)
             require_capabilities(backend, CAPABILITIES[backend], NEEDS[purpose])
         self._config = config
         self._open: dict[str, Session] = {}
@@ -88,12 +88,13 @@ class Sessions:
     @functools.cached_property
     def source(self) -> Source:
         """Where the model lies."""
-        name = str(self._config.model.name_or_path)
+        config = self._config
+        name = str(config.model.name_or_path)
         if name == "tiny":
             from esm.tiny import tiny_model
 
             name = str(tiny_model())
-        return resolve(name, revision=self._config.model.revision, key="model.name_or_path")
+        return resolve(name, revision=config.model.revision, key="model.name_or_path")
 
     @property
     def model_name(self) -> str:
@@ -111,7 +112,7 @@ class Sessions:
         Raises:
             UserError: the model cannot be loaded.
         """
-        backend = str(self._config.backend[purpose])
+        backend = backend_of(self._config, purpose)
         if backend not in self._open:
             self._open[backend] = self._load(backend)
         return self._open[backend]
@@ -137,6 +138,16 @@ class Sessions:
         template = str(config.prompt.template)
         delimiter = str(config.control_points.segment_delimiter)
         return Session(engine, tokenizer, pieces, stop_ids, record, template, delimiter)
+
+
+def backend_of(config: ConfigDict, purpose: str) -> str:
+    """The backend that serves a purpose."""
+    named = {
+        "rollouts": config.backend.rollouts,
+        "states": config.backend.states,
+        "online": config.backend.online,
+    }
+    return str(named[purpose])
 
 
 def check_memory(

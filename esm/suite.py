@@ -34,7 +34,7 @@ class Job:
     """One data set.
 
     Attributes:
-        name: of the data set.
+        name: of the data set, or what the config calls it where one is used twice.
         run_name: directory of its runs.
         overrides: dotted config keys.
     """
@@ -126,6 +126,7 @@ def make_jobs(config: ConfigDict) -> list[Job]:
         entry = dict(entry)
         require("name" in entry, f"suite.datasets: {entry} has no name")
         name = str(entry["name"])
+        label = str(entry.pop("run_name", name))
         overrides: dict[str, Any] = {"task.dataset": name}
         for key, value in entry.items():
             if key == "prompt_template":
@@ -138,7 +139,7 @@ def make_jobs(config: ConfigDict) -> list[Job]:
                         f"{flags.nearest(dotted, known)}"
                     )
                 overrides[dotted] = value
-        jobs.append(Job(name, f"{config.suite.run_name_prefix}_{sanitize(name)}", overrides))
+        jobs.append(Job(label, f"{config.suite.run_name_prefix}_{sanitize(label)}", overrides))
     require(
         bool(jobs),
         "suite.datasets is empty; use a config that lists some: configs/esm_suite_tiny.py",
