@@ -1,23 +1,14 @@
 """Speed of the q* solvers as ratios to one logsumexp pass over both models' logits.
 
-    python -m bench.qstar_solvers --json results/qstar_solvers.json
-    python -m bench.qstar_solvers --only solve --sizes 8x50257
-
-`floor` is one jitted logsumexp of both [B, V] arrays. The pairs of rows are close, far, peaked and
-flat in turn. Groups (`--only`):
+Groups of `python -m qstar.bench`. `floor` is one jitted logsumexp of both [B, V] arrays. The pairs
+of rows are close, far, peaked and flat in turn.
   solve     alpha by every method, from raw logits; "halvings" are 20 bisections in log space.
   original  the same 20 halvings on clamped probabilities, as the original does them, compiled;
             ratio = original / ours.
-  step      diagnostics, filters, both ways to draw, and a whole decode step.
-
-`alpha error` is the largest distance from a float64 solution over the rows, where the models differ
-by at least 0.1 nats (D both ways); it is printed beside the table. `compile s` counts the first
-calls of both sides; `later` = traces that the rounds added: 0 = nothing was compiled again.
+  step      diagnostics, filters, both ways to draw, and all a decode step does with logits.
 """
 
-import argparse
-import sys
-import time
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,16 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import Row, TraceCounter, compare, format_rows, machine, take_turns
-from common.rundir import atomic_write_json
+from bench import Row, TraceCounter, compare, take_turns
 from qstar.diagnostics import diagnose
 from qstar.law import LawSettings, log_weights
 from qstar.sampling import draw
-from qstar.step import mix_step
+from qstar.step import MixedToken, mix_step
 from qstar.tilt import AlphaSettings, solve, tilt
 
-GROUPS = ("solve", "original", "step")
-SIZES = ((8, 50257), (8, 151936), (64, 50257))
 SOLVERS: tuple[tuple[str, AlphaSettings, float | None], ...] = (
     ("KL", AlphaSettings(), 8.0),
     ("ESS balance", AlphaSettings("ess_balance"), 16.0),
@@ -119,6 +107,10 @@ def alpha_error(alpha: np.ndarray, theta: np.ndarray, t: np.ndarray) -> float:
     return max(errors)
 
 
+def _alpha(x: jax.Array, y: jax.Array, settings: AlphaSettings) -> jax.Array:
+    return solve(x, y, settings)[0]
+
+
 def solve_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str, float]]:
     """Every method beside the floor."""
     theta, t = make_rows(rows, width)
@@ -127,8 +119,8 @@ def solve_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str
     bare = counter.jit(floor_pass)
     things: dict[str, Callable[[], Any]] = {"floor": lambda: bare(x, y)}
     for name, settings, _ in SOLVERS:
-        compiled = counter.jit(lambda x, y, s=settings: solve(x, y, s)[0])
-        things[name] = lambda f=compiled: f(x, y)
+        compiled = counter.jit(functools.partial(_alpha, settings=settings))
+        things[name] = functools.partial(compiled, x, y)
     timings = take_turns(things, repeats, counter)
     table = [
         compare(f"solve {name} [{rows}, {width}]", timings, name, "floor", bar)
@@ -161,6 +153,10 @@ def original_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[
     return [row], {name: alpha_error(np.asarray(clamped(x, y)), theta, t)}
 
 
+def _mix(x: jax.Array, y: jax.Array, keys: jax.Array, method: str) -> MixedToken:
+    return mix_step(x, y, keys, AlphaSettings(), LawSettings(), 0.8, method=method)
+
+
 def step_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str, float]]:
     """What follows the solution, and the whole step."""
     x, y = (jnp.asarray(z) for z in make_rows(rows, width))
@@ -178,85 +174,10 @@ def step_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str,
         "top-k 50, top-p 0.95": lambda: filtered(found),
     }
     for method in ("gumbel", "cumulative"):
-        drawn = counter.jit(lambda keys, weights, m=method: draw(keys, weights, m))
-        things[f"draw, {method}"] = lambda f=drawn: f(keys, weights)
-        whole = counter.jit(
-            lambda x, y, keys, m=method: mix_step(
-                x, y, keys, AlphaSettings(), LawSettings(), 0.8, method=m
-            )
-        )
-        things[f"whole step, {method}"] = lambda f=whole: f(x, y, keys)
+        drawn = counter.jit(functools.partial(draw, method=method))
+        things[f"draw, {method}"] = functools.partial(drawn, keys, weights)
+        whole = counter.jit(functools.partial(_mix, method=method))
+        things[f"whole step, {method}"] = functools.partial(whole, x, y, keys)
     timings = take_turns(things, repeats, counter)
     names = [name for name in things if name != "floor"]
     return [compare(f"step {name} [{rows}, {width}]", timings, name, "floor") for name in names], {}
-
-
-MEASURES = {"solve": solve_rows, "original": original_rows, "step": step_rows}
-
-
-def run(groups: list[str], sizes: list[tuple[int, int]], repeats: int) -> dict[str, Any]:
-    """Measures, prints the table and returns everything for the JSON file."""
-    before, start = machine(), time.perf_counter()
-    rows: list[Row] = []
-    errors: dict[str, float] = {}
-    for group in groups:
-        for size in sizes:
-            table, found = MEASURES[group](*size, repeats)
-            errors |= found
-            rows += table
-            for row in table:
-                print(f"{row.name}: {row.ratio:.2f} {row.met}", file=sys.stderr, flush=True)
-    print(format_rows(rows))
-    for name, error in errors.items():
-        print(f"alpha error, {name}: {error:.1e}")
-    return {
-        "command": "python -m bench.qstar_solvers",
-        "machine": before | {"load_average_after": machine()["load_average"]},
-        "seconds": round(time.perf_counter() - start, 1),
-        "repeats": repeats,
-        "sizes": sizes,
-        "alpha_error": errors,
-        "rows": [row.as_dict() for row in rows],
-    }
-
-
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """ "8x50257,64x50257" -> [(8, 50257), (64, 50257)].
-
-    Raises:
-        ValueError: if a part is not two positive numbers.
-    """
-    sizes = []
-    for part in text.split(","):
-        rows, width = (int(n) for n in part.split("x"))
-        if rows < 1 or width < 2:
-            raise ValueError(f"{part} is no size")
-        sizes.append((rows, width))
-    return sizes
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", default="", help="also write everything to this file")
-    parser.add_argument("--repeats", type=int, default=21, help="rounds per comparison")
-    parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
-    default = ",".join(f"{rows}x{width}" for rows, width in SIZES)
-    parser.add_argument("--sizes", default=default, help="rows x columns, separated by commas")
-    given = parser.parse_args(arguments)
-    groups = given.only.split(",")
-    if set(groups) - set(GROUPS) or given.repeats < 1:
-        parser.error(f"--only takes {', '.join(GROUPS)}; --repeats at least 1")
-    try:
-        sizes = parse_sizes(given.sizes)
-    except ValueError:
-        parser.error("--sizes takes pairs such as 8x50257,64x50257")
-    result = run(groups, sizes, given.repeats)
-    if given.json:
-        atomic_write_json(given.json, result)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qstar.columns import fold_columns
+
 
 class Norms(NamedTuple):
     """What one pass over both models tells; all arrays [B].
@@ -129,24 +131,49 @@ def make_pair(x: jax.Array, y: jax.Array, temperature: float | jax.Array = 1.0) 
         rate = jnp.broadcast_to(1 / jnp.asarray(temperature, dtype), offset.shape)
     norms = Norms(peak_x, peak_y, blank, blank, offset, blank, blank, blank, blank, rate)
     pair = Pair(x, y, norms)
-    sum_x = jnp.sum(jnp.exp(pair.log_weight_theta(x)), axis=-1)
-    sum_y = jnp.sum(jnp.exp(pair.log_weight(y)), axis=-1)
+    log_sum_x, log_sum_y = _log_sums(pair)
     bounded = jnp.isfinite(jnp.min(x, axis=-1)) & jnp.isfinite(jnp.min(y, axis=-1))
     partial, empty = lax.cond(
         jnp.all(bounded),
         lambda: (jnp.zeros_like(bounded), jnp.zeros_like(bounded)),
         lambda: _overlap(x, y),
     )
-    log_sum_x, log_sum_y = jnp.log(sum_x), jnp.log(sum_y)
     norms = norms._replace(
         log_sum_x=log_sum_x,
         log_sum_y=log_sum_y,
         remainder=pair.scale(lost) + (log_sum_x - log_sum_y),
         partial=partial,
         empty=empty,
-        invalid=~(jnp.isfinite(sum_x) & jnp.isfinite(sum_y)),
+        # NaN and +inf are their row's maximum, and so is -inf where there is nothing else.
+        invalid=~(jnp.isfinite(peak_x) & jnp.isfinite(peak_y)),
     )
     return Pair(pair.x, pair.y, norms)
+
+
+def _log_sums(pair: Pair) -> tuple[jax.Array, jax.Array]:
+    """log_sum_x and log_sum_y [B].
+
+    The peaks are counted apart from the rest: added to 1, the tail of a nearly certain model would
+    be lost, and with it the sign of its log ratios.
+    """
+
+    def step(carry: tuple[jax.Array, ...], x: jax.Array, y: jax.Array) -> tuple[jax.Array, ...]:
+        norms = pair.norms
+        top_x, top_y = x == norms.peak_x[:, None], y == norms.peak_y[:, None]
+        terms = (
+            jnp.where(top_x, 0.0, jnp.exp(pair.log_weight_theta(x))),
+            jnp.where(top_y, 0.0, jnp.exp(pair.log_weight(y))),
+            top_x.astype(x.dtype),
+            top_y.astype(y.dtype),
+        )
+        return tuple(c + jnp.sum(t, axis=-1) for c, t in zip(carry, terms, strict=True))
+
+    zero = jnp.zeros_like(pair.norms.offset)
+    rest_x, rest_y, ties_x, ties_y = fold_columns(step, (zero,) * 4, pair.x, pair.y)
+    return (
+        jnp.log(ties_x) + jnp.log1p(rest_x / ties_x),
+        jnp.log(ties_y) + jnp.log1p(rest_y / ties_y),
+    )
 
 
 def _overlap(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:

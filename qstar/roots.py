@@ -107,7 +107,8 @@ def advance(search: Search, at: Value, tol: float) -> Search:
     wanted = point + jnp.where(trusted, jump, newton)
     middle = 0.5 * (low + high)
     below, above = wanted < low, wanted > high
-    following = jnp.where((wanted >= low) & (wanted <= high), wanted, middle)
+    inside = (wanted >= low) & (wanted <= high)
+    following = jnp.where(inside, wanted, middle)
     following = jnp.where(below & ~low_known, low, following)
     following = jnp.where(above & ~high_known, high, following)
 
@@ -121,7 +122,9 @@ def advance(search: Search, at: Value, tol: float) -> Search:
     error = jnp.where(trusted, jnp.minimum(error, finer), error)
     outside = ((value > 0) & (point <= 0)) | ((value < 0) & (point >= 1))
     found = jnp.abs(value) <= at.noise
-    done = outside | found | (move <= tol) | ((move <= 0.05) & (error <= 0.25 * tol))
+    # A halving says nothing about the distance to the root: its step alone is no convergence.
+    close = inside & (move <= 0.05) & (error <= 0.25 * tol)
+    done = outside | found | (move <= tol) | close
     following = jnp.where(outside | (found & ~jnp.isfinite(wanted)), point, following)
 
     def update(new: jax.Array, old: jax.Array) -> jax.Array:
