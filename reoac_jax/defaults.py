@@ -128,6 +128,8 @@ def get_default_config() -> ConfigDict:
     c.rollout.fallback_operator = "O_SCOPE"
     c.rollout.group_size = 1  # episodes per prompt (plus)
     c.rollout.early_exit = True  # plus
+    c.rollout.valid_mask = True  # plus: void operators are out of the policy
+    c.rollout.use_progress = True  # plus: the policy sees the 4 progress features
     c.rollout.patience = 0  # plus: unchanged repair rounds asked for before leaving
     c.rollout.remask_ratio = 0.1  # plus: share re-masked by one repair
     c.rollout.stop_at_eos = True  # plus: positions behind a written eos need no writing

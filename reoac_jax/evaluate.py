@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from common import dist
+from common.answers.harness import harness_scores
 from common.lm.layers import Params
 from common.rundir import atomic_write_json
 from common.statistics import mean_interval, wilson_interval
@@ -188,6 +189,8 @@ def write_report(
 ) -> None:
     """eval_<task>.json: summary, tables by subject and level, first samples.
 
+    GSM8K answers are also scored as the lm-evaluation-harness does (`harness`).
+
     The main process writes.
     """
     if not dist.is_main():
@@ -204,7 +207,11 @@ def write_report(
         }
         for i in range(shown)
     ]
-    atomic_write_json(path, numbers | breakdown(result, prompts) | {"samples": samples})
+    golds = list(prompts.golds[: len(result.texts)])
+    compared: dict[str, Any] = {}
+    if golds and all("####" in gold for gold in golds):
+        compared["harness"] = harness_scores(result.texts, golds)._asdict()
+    atomic_write_json(path, numbers | compared | breakdown(result, prompts) | {"samples": samples})
 
 
 def format_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:

@@ -196,6 +196,8 @@ def observe(
     progress = feature_rules.progress_features(
         step, settings.max_steps, masked, summary.confidence, cursor.changed
     )
+    if not settings.use_progress:
+        progress = jnp.zeros_like(progress)
     parts = [base, progress]
     if settings.use_hidden:
         parts.append(feature_rules.normalised_pools(scores.pooled_canvas, scores.pooled_prompt))
@@ -215,6 +217,9 @@ def observe(
         active=touchable,
         branching=branching,
     )
+    if not settings.valid_mask:
+        # A void operator changes nothing and costs its price; O_BRANCH exists only with branching.
+        valid = jnp.ones_like(valid).at[:, BRANCH].set(branching)
     if branching:
         valid = valid.at[:, BRANCH].set(valid[:, BRANCH] & (step < settings.max_steps - 1))
     return Observation(

@@ -52,6 +52,8 @@ class RolloutSettings:
     remask_ratio: float = 0.1
     stop_at_eos: bool = True
     price: float = 0.0  # of one unit of cost in the return: lambda / (T * dearest price)
+    valid_mask: bool = True  # void operators are out of the policy
+    use_progress: bool = True  # the 4 progress features are seen
     branching: bool = False  # O_BRANCH may be chosen
     branch_k: int = 2
     planned_steps: tuple[int, ...] = ()  # every row looks ahead here (evaluation)
@@ -90,6 +92,8 @@ class RolloutSettings:
             "remask_ratio": config.rollout.remask_ratio,
             "stop_at_eos": config.rollout.stop_at_eos,
             "price": config.rollout.cost_lambda / (config.rollout.max_steps * operators.max_cost),
+            "valid_mask": config.rollout.valid_mask,
+            "use_progress": config.rollout.use_progress,
             "branching": config.rollout.branching,
             "branch_k": config.rollout.branch_k,
             "ensure_update": config.rollout.ensure_update,
