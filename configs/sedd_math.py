@@ -84,6 +84,7 @@ def _released(c: ConfigDict) -> None:
     c.losses.actor_temperature = 1.0
     c.losses.advantage_clip = 0.0
     c.actor.hidden_size = c.critic.hidden_size = 96
+    c.finetune_mode = "lora"
     c.optim.backbone_lr = 1e-5
     c.updates.critic_steps = 1
     c.num_iterations = 1

@@ -37,16 +37,13 @@ def network_names(network: NetworkConfig) -> tuple[list[Rule], dict[str, tuple[i
     return rules, torch_bridge.flatten(e2d2.parameter_shapes(network))
 
 
-def make_settings(section: ConfigDict, network: NetworkConfig) -> LoraSettings:
-    """Settings of the config section `lora` for a network.
-
-    Args:
-      section: r, alpha, dropout, mlp, target_modules (() = the attention's projections, and the
-        MLP's with `mlp`).
+def make_settings(config: ConfigDict, network: NetworkConfig) -> LoraSettings:
+    """Settings of config.lora for a network.
 
     Raises:
       UserError: an unknown target.
     """
+    section = config.lora
     kind = "dit" if isinstance(network, DiTConfig) else "e2d2"
     modules = tuple(section.target_modules) or ATTENTION[kind]
     if section.mlp:
@@ -63,7 +60,7 @@ def make_adapter(config: ConfigDict, network: NetworkConfig) -> tuple[Params, Lo
     """
     section = config.lora
     if not section.adapter:
-        settings = make_settings(section, network)
+        settings = make_settings(config, network)
         key = jax.random.fold_in(jax.random.key(config.seed), 3)
         return jax.jit(lambda k: lora.init_adapter(k, settings))(key), settings
     adapter, stored = lora.load_peft(section.adapter, *network_names(network))

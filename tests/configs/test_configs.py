@@ -18,7 +18,7 @@ FILES = sorted((REPOSITORY / "configs").glob("[!_]*.py"))
 # Keys that the code reaches through a name it puts together: their prefix, where, and how.
 INDIRECT = {
     "dataset.raw_": ("reoac_jax/prep.py", 'config.dataset.get(f"raw_{name}_path"'),
-    "operators.": ("reoac_jax/rollout.py", "given = section[name]"),
+    "operators.": ("reoac_jax/settings.py", "given = section[name]"),
     "optim.": ("reoac_jax/learner.py", "config.optim.items()"),
     "task.": ("halting_jax/build.py", "config.task.items()"),
 }

@@ -20,14 +20,12 @@ from reoac_jax.models import load_models
 from tests.reoac_jax.test_dit_backbone import gen_ids_of, lively, tiny_dit
 from tests.reoac_jax.toy_setting import GEN, toy_canvas
 
-SECTION = get_default_config().lora
 
-
-def section(**changes):
-    changed = SECTION.copy_and_resolve_references()
-    with changed.unlocked():
-        changed.update(changes)
-    return changed
+def adapting(**changes):
+    """The defaults with changed keys of config.lora."""
+    config = get_default_config()
+    config.lora.update(changes)
+    return config
 
 
 @pytest.fixture(scope="module", params=["embedded", "mdlm", "sedd"])
@@ -39,7 +37,7 @@ def case(request):
     else:
         network = tiny_dit(request.param)
         base, make = lively(dit.init_params(jax.random.key(0), network)), dit_backbone
-    settings = make_settings(section(mlp=True), network)
+    settings = make_settings(adapting(mlp=True), network)
     adapter = lively(lora.init_adapter(jax.random.key(1), settings), scale=0.05)
     backbone = dataclasses.replace(make(network), finetuning=lora_finetuning(settings))
     return network, backbone, settings, {"base": base, "lora": adapter}
@@ -47,15 +45,15 @@ def case(request):
 
 def test_default_targets(case):
     network, _, _, _ = case
-    names = {t.path.split("/", 1)[1] for t in make_settings(SECTION, network).targets}
+    names = {t.path.split("/", 1)[1] for t in make_settings(adapting(), network).targets}
     if isinstance(network, dit.DiTConfig):
         assert names == {"attn_qkv/kernel", "attn_out/kernel"}
     else:
         assert names == {f"layers/attn/{n}/kernel" for n in "qkvo"}
-    wider = {t.path.split("/", 1)[1] for t in make_settings(section(mlp=True), network).targets}
+    wider = {t.path.split("/", 1)[1] for t in make_settings(adapting(mlp=True), network).targets}
     assert len(wider) == len(names) + (2 if isinstance(network, dit.DiTConfig) else 3)
     with pytest.raises(UserError, match="'w_proj'.*choose of"):
-        make_settings(section(target_modules=("w_proj",)), network)
+        make_settings(adapting(target_modules=("w_proj",)), network)
 
 
 def test_merged_equals_attached_behind_the_contract(case):
