@@ -68,6 +68,7 @@ def take_turns(
     repeats: int,
     counter: TraceCounter | None = None,
     warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Time functions without arguments against each other.
 
@@ -76,6 +77,7 @@ def take_turns(
       repeats: rounds.
       counter: what to read the number of traces from.
       warm_up: calls of each before the first round.
+      clock: what tells the seconds of the rounds.
     """
     counter = counter or TraceCounter()
     start = time.perf_counter()
@@ -88,9 +90,9 @@ def take_turns(
     for turn in range(repeats):
         names = list(things) if turn % 2 == 0 else list(things)[::-1]
         for name in names:
-            start = time.perf_counter()
+            begin = clock()
             jax.block_until_ready(things[name]())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - begin)
     return Timings(seconds, compile_seconds, (warm, counter.count - warm))
 
 

@@ -3,6 +3,7 @@
     python -m bench.esm_engine                                  # minutes on two cores
     python -m bench.esm_engine --json results/esm_engine_speed.json
     python -m bench.esm_engine --model small --only positions
+    XLA_FLAGS='--xla_cpu_multi_thread_eigen=false' python -m bench.esm_engine --clock cpu
 
 Every row of the policy has a prompt of 300 tokens and 8 segments of 60; before each but the first,
 4 tools and the unsteered continuation are tried for 8 tokens. What is chosen is fixed: never, in
@@ -15,6 +16,9 @@ Groups (`--only`):
              overwrites a steered segment run the blocks above the tool's layer only.
   greedy     tokens per second of plain decoding, JAX engine over transformers engine.
   policy     tokens per second of the online policy, half of the segments steered, likewise.
+
+`--clock cpu` counts seconds of processor time and gives transformers one thread: on a busy machine
+waiting threads would distort everything else.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from bench import Row, TraceCounter, format_rows, machine, rates, take_turns
+from bench import Row, format_rows, machine, rates, take_turns
 from common.engines.base import NO_TOOL, Decoding, StreamSettings, Toolbox, Work
 from common.engines.jax_engine import JaxEngine
 from common.lm.config import DecoderConfig
@@ -185,9 +189,13 @@ def open_pair(cfg: DecoderConfig, slots: int, directory: str) -> Pair:
 
 
 def rate_rows(
-    cfg: DecoderConfig, scene: Scene, slots: int, repeats: int, groups: list[str]
+    cfg: DecoderConfig, scene: Scene, slots: int, repeats: int, groups: list[str], clock: str
 ) -> list[Row]:
     """Tokens per second of both engines, taking turns."""
+    if clock == "cpu":
+        import torch
+
+        torch.set_num_threads(1)
     tools, prompts = make_tools(cfg, scene), make_prompts(cfg, scene, slots)
     rows = []
     with tempfile.TemporaryDirectory() as place:
@@ -207,14 +215,16 @@ def rate_rows(
                 "jax": lambda work=work: work(pair.jax),  # type: ignore[misc]
                 "hf": lambda work=work: work(pair.hf),  # type: ignore[misc]
             }
-            timings = take_turns(things, repeats, TraceCounter())
+            timings = take_turns(things, repeats, clock=CLOCKS[clock])
             tokens = slots * scene.answer
-            name = f"{group}, tokens per second, jax / hf [{slots} rows, {cfg.num_layers} layers]"
+            per = "second" if clock == "wall" else "second of one processor"
+            name = f"{group}, tokens per {per}, jax / hf [{slots} rows, {cfg.num_layers} layers]"
             rows.append(rates(name, timings, ("hf", tokens), ("jax", tokens), RATE_BAR))
     return rows
 
 
 GROUPS = ("positions", "greedy", "policy")
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def run(groups: list[str], model: str, scene: Scene, slots: int, repeats: int) -> dict[str, Any]:
@@ -225,13 +235,14 @@ def run(groups: list[str], model: str, scene: Scene, slots: int, repeats: int) -
         rows += position_rows(SMALL, scene, 4, repeats)
     timed = [group for group in groups if group != "positions"]
     if timed:
-        rows += rate_rows(MODELS[model], scene, slots, repeats, timed)
+        rows += rate_rows(MODELS[model], scene, slots, repeats, timed, clock)
     print(format_rows(rows))
     return {
         "command": "python -m bench.esm_engine",
         "machine": before | {"load_average_after": machine()["load_average"]},
         "seconds": round(time.perf_counter() - start, 1),
         "repeats": repeats,
+        "clock": clock,
         "model": dataclasses.asdict(MODELS[model]),
         "scene": dataclasses.asdict(scene),
         "slots": slots,
@@ -249,6 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
     parser.add_argument("--model", default="middle", choices=MODELS, help="of the timed groups")
     parser.add_argument("--slots", type=int, default=8, help="rows of the timed groups")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="of the timed groups")
     parser.add_argument("--segment", type=int, default=60, help="tokens of a segment")
     parser.add_argument("--segments", type=int, default=8, help="segments of an answer")
     given = parser.parse_args(arguments)
@@ -257,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--only takes {', '.join(GROUPS)}; the numbers at least 1")
     scene = Scene(segment=given.segment, segments=given.segments)
     print(f"{given.slots} rows, {scene}", file=sys.stderr, flush=True)
-    result = run(groups, given.model, scene, given.slots, given.repeats)
+    result = run(groups, given.model, scene, given.slots, given.repeats, given.clock)
     if given.json:
         atomic_write_json(given.json, result)
 

@@ -49,6 +49,13 @@ def _read(params, cfg, ids, steering, layers, position):
     return head_logits(params, cfg, out.hidden[0, position]), out.captured[:, 0, 0]
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _draw(logits, key, index, temperature, top_p):
+    sampling = make_sampling(1, temperature, top_p=top_p)
+    token, log_prob = sample(logits[None], fold_rows(key[None], index[None]), sampling)
+    return token[0], log_prob[0]
+
+
 class PlainRow:
     """One row by definition: every token from a pass over everything before it."""
 
@@ -91,15 +98,14 @@ class PlainRow:
         ids, text = list(self.ids), self.text
         texts = token_bytes(self.model.cfg.vocab_size)
         decoding = self.options.decoding
-        sampling = make_sampling(1, decoding.temperature, top_p=decoding.top_p)
         log_probs, finish = [], "length"
         while len(log_probs) < budget:
             logits, _ = self._pass(ids, trace)
-            index = jnp.asarray([len(ids) - self.start])
-            token, log_prob = sample(logits[None], fold_rows(self.key[None], index), sampling)
+            index = jnp.asarray(len(ids) - self.start)
+            token, log_prob = _draw(logits, self.key, index, decoding.temperature, decoding.top_p)
             before = text.count(b"\n\n")
-            ids.append(int(token[0]))
-            log_probs.append(float(log_prob[0]))
+            ids.append(int(token))
+            log_probs.append(float(log_prob))
             text += texts[ids[-1]]
             if ids[-1] in decoding.stop_ids:
                 finish = "eos"
