@@ -52,7 +52,7 @@ _INVERSE = {"sin": "arcsin", "cos": "arccos", "tan": "arctan"}
 _CONSTANTS = {"pi": "pi", "infty": "oo", "infinity": "oo"}
 _PRODUCT_SIGNS = frozenset(["*", "\\cdot", "\\times", "\\ast"])
 _QUOTIENT_SIGNS = frozenset(["/", "\\div"])
-_PLAIN_WORDS = FUNCTIONS | {"sqrt", "pi", "infinity", "abs"}
+_PLAIN_WORDS = FUNCTIONS | {"sqrt", "pi", "infinity"}
 # Two-letter words that are answers of their own and no products of variables.
 _SHORT_WORDS_TEXT = "am as at be by do if in is it no of on or pm so to up us we"
 _SHORT_WORDS = frozenset(_SHORT_WORDS_TEXT.split())

@@ -115,13 +115,16 @@ def assignment(value: Value) -> Value | None:
     left = value.parts[0].node
     if left is None or set(value.text.split()) != {"="}:
         return None
+    right = value.parts[-1]
+    if right.node is not None and right.node.op == "var" and not variables(left):
+        return value.parts[0]  # "5 = x"
     named = left.op == "var"
     applied = left.op == "mul" and all(part.op == "var" for part in left.args)
     # "f(x)" reads as a product of two variables; a real product "xy = 5" is an equation.
     if applied and left.args[0].value in ("f", "g", "h", "p", "q", "P"):
         named = True
     # "2 + 2 = 4" states a value, "x^2 = 4" does not.
-    return value.parts[-1] if named or not variables(left) else None
+    return right if named or not variables(left) else None
 
 
 def _interval(value: Value) -> Value | None:

@@ -18,6 +18,9 @@ ANSWER_PHRASE = re.compile(
 )
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n|(?:,\s*|\s)(?:because|since|as we|which|where)\b")
 _MATH_OPEN = re.compile(r"\$\$?|\\\(|\\\[")
+_LEAD_IN = re.compile(
+    r"(?:(?:therefore|thus|then|hence|just|simply|exactly|now|given by|equal to)[ ,]{1,4}){1,3}"
+)
 _MATH_CLOSE = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
 
 _SYMBOLS = str.maketrans(
@@ -81,7 +84,8 @@ def answer_clause(text: str) -> str | None:
 
 def clause_at(text: str, start: int) -> str:
     """The formula that starts at an offset, or the rest of that sentence."""
-    opener = _MATH_OPEN.match(text, start)
+    lead = _LEAD_IN.match(text, start)
+    opener = _MATH_OPEN.match(text, lead.end() if lead else start)
     if opener is not None:
         end = text.find(_MATH_CLOSE[opener.group()], opener.end())
         if end > 0:

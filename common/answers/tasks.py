@@ -252,6 +252,12 @@ def _says_something(values: tuple[Value, ...]) -> bool:
 
 def _last_line(text: str) -> str:
     """The last line that is not blank, without the words that lead up to its formula."""
+    text = text.rstrip()
+    for opener, closer in (("\\[", "\\]"), ("$$", "$$")):
+        # A displayed formula may take several lines.
+        body = text.rstrip(".").removesuffix(closer)
+        if body != text.rstrip(".") and opener in body:
+            return body.rpartition(opener)[2]
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         return ""

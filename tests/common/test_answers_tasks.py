@@ -93,6 +93,23 @@ def test_no_answer_has_a_reason(task, response, reason):
     assert verdict == (None, verdict.gold, False, reason)
 
 
+@pytest.mark.parametrize(
+    "response",
+    [
+        "So x = 7.",
+        "Therefore, the value is $7$.",
+        "The answer is therefore $x = 7$",
+        "I get\n\\[\nx = 7\n\\]",
+        "I get\n\n$$x = 7$$.",
+        "Final Answer:\n$7$",
+        "#### 7",
+    ],
+)
+def test_math_without_a_box(response):
+    assert grade_task("math500", response, "$\\boxed{7}$").correct
+    assert grade_task("math500", response, "$\\boxed{8}$").error is None
+
+
 def test_gold_from_the_bare_answer_goes_first():
     assert grade_task("math500", "\\boxed{7}", "no box here", answer="7").correct
     assert grade_task("math500", "\\boxed{7}", "no box here").error == "no_gold"
