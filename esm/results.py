@@ -172,7 +172,8 @@ def answer_row(example: TaskExample, answer: Answer, text: str) -> dict[str, Any
 def graded_row(row: dict[str, Any], verdict: Graded) -> dict[str, Any]:
     """A row with its verdict, in the order in which people read it."""
     head = {key: row[key] for key in ("task", "example_id")}
-    return head | verdict.fields() | {k: v for k, v in row.items() if k not in head}
+    head |= verdict.fields()
+    return head | {key: value for key, value in row.items() if key not in head}
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], max_tokens: int) -> dict[str, Any]:
