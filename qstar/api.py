@@ -154,7 +154,10 @@ class OptimalSamplingModel:
             self.config.sampling.temperature = float(temperature)
         finalize(self.config, needs_data=False)
         system = self.system(prompts_t is None)
-        return score_tokens(system, _requests(system, prompts, prompts_t), responses, self._models)
+        tokenizer = system.tokenizers[system.roles[0]]
+        token_ids = [tokenizer.encode(text, add_special_tokens=False) for text in responses]
+        requests = _requests(system, prompts, prompts_t)
+        return score_tokens(system, requests, token_ids, self._models)
 
 
 def create_optimal_sampling_model(

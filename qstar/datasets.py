@@ -58,16 +58,16 @@ class ProblemRows(Sequence[dict[str, Any]]):
         }
 
 
-def load_rows(data: ConfigDict) -> Rows:
+def load_rows(config: ConfigDict) -> Rows:
     """The rows of `data.name`.
 
     Args:
-        data: section `data` of the config.
+        config: section `data` counts.
 
     Raises:
         UserError: if there is no such data set or split.
     """
-    name = data.name
+    name, data = config.data.name, config.data
     if name == PROBLEMS:
         rows = ProblemRows(data.split, data.size, data.seed)
         return Rows(rows, f"{PROBLEMS}-{data.split}-{data.size}-{data.seed}")

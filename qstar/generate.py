@@ -74,7 +74,8 @@ class Report:
         self._window += progress.tokens
         self._occupied.append(occupied / self._slots)
         speed = self.tokens / max(time.monotonic() - self._begin, 1e-9)
-        self._bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=True)
+        self._bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
+        self._bar.update(0)
 
     def sample(self, finished: Finished) -> None:
         """After a sample is written."""
@@ -139,7 +140,7 @@ def run_generation(config: ConfigDict, adapter: DatasetAdapter | None = None) ->
     check_backend(config)
     fingerprint = "given"
     if adapter is None:
-        found = load_rows(config.data)
+        found = load_rows(config)
         adapter, fingerprint = adapt(config, found.rows), found.fingerprint
     system = describe_system(config, one_prompt(config))
     prompter = make_prompter(system, adapter)
@@ -194,13 +195,14 @@ def show_prompts(config: ConfigDict, prompter: Prompter) -> None:
 
 def _generate(system: System, prompter: Prompter, journal: Journal, todo: list[Done]) -> int | None:
     """Makes and writes the samples; the exit status, or None if stopped on request."""
-    run, repeats, texts = system.config.run, system.config.run.repeats, system.texts
+    config, texts = system.config, system.texts
+    run, repeats = config.run, config.run.repeats
     samples: dict[Done, Sample] = {}
     with StopRequest() as stop, contextlib.ExitStack() as stack:
         slots = None if str(run.slots) == "auto" else int(run.slots)
         backend = open_backend(system, slots, prompter.longest)
         log.info("%s", describe(backend))
-        report = Report(system.config, len(todo), len(journal.done), backend)
+        report = Report(config, len(todo), len(journal.done), backend)
         stack.enter_context(contextlib.closing(report))
 
         def fail(key: Done, stage: str, message: str) -> None:

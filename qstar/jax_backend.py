@@ -57,7 +57,8 @@ def open_jax(
     used = [load(system, role, cache) for role in roles]
     networks = tuple(DecoderNetwork(model.cfg) for model in used)
     plan = Plan(networks, system.decoding)
-    run = system.config.run
+    config = system.config
+    run = config.run
     if slots is None:
         longest = prompt_tokens + system.decoding.max_new_tokens - 1
         slots = fitting_slots(plan, longest)
@@ -66,7 +67,7 @@ def open_jax(
         [model.params for model in used],
         system.columns(),
         slots,
-        system.config.seed,
+        config.seed,
         prompt_tokens,
         run.deterministic,
         run.burst,

@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 def score_tokens(
     system: System,
     requests: Sequence[Request],
-    responses: Sequence[str],
+    token_ids: Sequence[Sequence[int]],
     models: dict[Any, Model] | None = None,
 ) -> Scores:
     """Scores texts under the law a system samples from.
@@ -47,7 +47,7 @@ def score_tokens(
     Args:
         system: the pair, with the JAX backend.
         requests: B prompts.
-        responses: B texts, none empty.
+        token_ids: B responses in pi_theta's ids, none empty.
         models: weights that are loaded, see `jax_backend.load`.
 
     Raises:
@@ -55,10 +55,6 @@ def score_tokens(
     """
     require(system.alignment is None, "score needs models with one tokenizer")
     models = {} if models is None else models
-    tokenizer = system.tokenizers[system.roles[0]]
-    token_ids = [
-        [int(i) for i in tokenizer.encode(text, add_special_tokens=False)] for text in responses
-    ]
     empty = [row for row, ids in enumerate(token_ids) if not ids]
     require(not empty, f"score: response {empty[:1]} has no tokens")
     steps = -(-max(map(len, token_ids)) // CHUNK) * CHUNK
@@ -72,7 +68,7 @@ def score_tokens(
     for role in system.roles:
         model = load(system, role, models)
         params, cfg = model.params, model.cfg
-        texts = [p + ids for p, ids in zip(prompts[role], token_ids, strict=True)]
+        texts = [p + list(ids) for p, ids in zip(prompts[role], token_ids, strict=True)]
         starts = [len(prompt) - 1 for prompt in prompts[role]]
         hidden.append(_states(params, cfg, texts, starts, steps))
         heads.append(params)
@@ -92,7 +88,7 @@ def score_tokens(
     stacked = np.asarray(values)[:, : int(mask.sum(1).max())].astype(np.float64)  # [B, T, F]
     mask = mask[:, : stacked.shape[1]]
     found = {name: np.where(mask, stacked[..., f], 0.0) for f, name in enumerate(FIELDS)}
-    return Scores(token_ids, mask, found)
+    return Scores([list(ids) for ids in token_ids], mask, found)
 
 
 def _states(

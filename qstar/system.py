@@ -112,7 +112,8 @@ class System:
         """The weights' dtype; settles "auto"."""
         import jax
 
-        asked = self.config.model.dtype
+        config = self.config
+        asked = config.model.dtype
         if asked != "auto":
             return str(asked)
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
