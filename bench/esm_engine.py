@@ -227,7 +227,9 @@ GROUPS = ("positions", "greedy", "policy")
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def run(groups: list[str], model: str, scene: Scene, slots: int, repeats: int) -> dict[str, Any]:
+def run(
+    groups: list[str], model: str, scene: Scene, slots: int, repeats: int, clock: str
+) -> dict[str, Any]:
     """Measures, prints the table and returns everything for the JSON file."""
     before, start = machine(), time.perf_counter()
     rows: list[Row] = []
