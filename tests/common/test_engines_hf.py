@@ -35,7 +35,7 @@ def toolbox(model):
     return cases.random_tools(model, [1, 2, 1])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.3, marks=pytest.mark.slow)])
 def test_segments_probes_and_states(engine, model, tools, temperature):
     decoding = Decoding(temperature, 0.95 if temperature else 1.0, (cases.STOP,), seed=3)
     options = cases.settings(decoding=decoding)
