@@ -43,7 +43,7 @@ from common.rundir import atomic_write_json
 
 SMALL = DecoderConfig("llama", 64, 32, 48, 5, 2, 1, 16, max_positions=1024)
 MIDDLE = DecoderConfig(
-    "llama", 16384, 384, 1024, 12, 6, 2, 64, tie_embeddings=True, max_positions=1024
+    "llama", 16384, 384, 1024, 8, 6, 2, 64, tie_embeddings=True, max_positions=1024
 )
 MODELS = {"middle": MIDDLE, "small": SMALL}
 TOOL_SHARES = (0.0, 0.5, 1.0)
@@ -228,7 +228,13 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def run(
-    groups: list[str], model: str, scene: Scene, slots: int, repeats: int, clock: str
+    groups: list[str],
+    model: str,
+    scene: Scene,
+    timed_scene: Scene,
+    slots: int,
+    repeats: int,
+    clock: str,
 ) -> dict[str, Any]:
     """Measures, prints the table and returns everything for the JSON file."""
     before, start = machine(), time.perf_counter()
@@ -237,16 +243,17 @@ def run(
         rows += position_rows(SMALL, scene, 4, repeats)
     timed = [group for group in groups if group != "positions"]
     if timed:
-        rows += rate_rows(MODELS[model], scene, slots, repeats, timed, clock)
+        rows += rate_rows(MODELS[model], timed_scene, slots, repeats, timed, clock)
     print(format_rows(rows))
     return {
-        "command": "python -m bench.esm_engine",
+        "command": f"python -m bench.esm_engine {' '.join(sys.argv[1:])}".strip(),
         "machine": before | {"load_average_after": machine()["load_average"]},
         "seconds": round(time.perf_counter() - start, 1),
         "repeats": repeats,
         "clock": clock,
         "model": dataclasses.asdict(MODELS[model]),
         "scene": dataclasses.asdict(scene),
+        "timed_scene": dataclasses.asdict(timed_scene),
         "slots": slots,
         "rows": [row.as_dict() for row in rows],
     }
@@ -265,13 +272,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="of the timed groups")
     parser.add_argument("--segment", type=int, default=60, help="tokens of a segment")
     parser.add_argument("--segments", type=int, default=8, help="segments of an answer")
+    parser.add_argument("--timed_segments", type=int, help="of the timed groups; the same if unset")
     given = parser.parse_args(arguments)
     groups = given.only.split(",")
     if set(groups) - set(GROUPS) or min(given.repeats, given.slots, given.segments) < 1:
         parser.error(f"--only takes {', '.join(GROUPS)}; the numbers at least 1")
     scene = Scene(segment=given.segment, segments=given.segments)
     print(f"{given.slots} rows, {scene}", file=sys.stderr, flush=True)
-    result = run(groups, given.model, scene, given.slots, given.repeats, given.clock)
+    timed = dataclasses.replace(scene, segments=given.timed_segments or given.segments)
+    result = run(groups, given.model, scene, timed, given.slots, given.repeats, given.clock)
     if given.json:
         atomic_write_json(given.json, result)
 
