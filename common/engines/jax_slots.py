@@ -26,8 +26,8 @@ from common.lm.generate import bucket_length, check_prompts, pad_prompts
 from common.lm.sharding import shard_cache
 from common.lm.weights import Model
 
-FIRST_CAPACITY = 256
-"""Columns of a fresh cache; it doubles as rows grow."""
+FIRST_CAPACITY = 512
+"""Columns of a fresh cache; it doubles as rows grow, and every size is compiled once."""
 _PROMPT_ROWS = 4  # prompts read in one call, where there are enough of them
 _PROMPT_BUCKET, _SEGMENT_BUCKET = 16, 32  # shortest padded prompt and segment
 
