@@ -150,6 +150,7 @@ def run_generation(config: ConfigDict, adapter: DatasetAdapter | None = None) ->
     if config.run.dry_run:
         show_prompts(config, prompter)
         return 0
+    wanted(config, len(adapter), set())  # refuses a range outside the data set
     shard, run = parse_shard(config.run.shard), config.run
     manifest = manifest_of(system, styles, fingerprint)
     with Journal(run.output, shard, run.overwrite) as journal:
