@@ -64,6 +64,7 @@ def _released(c: ConfigDict) -> None:
     """The original's values of its SEDD config."""
     c.logging.exp_name = "sedd_gpt2_math"
     c.dataset.task = "math"
+    c.reward.time_limit = 5.0
     c.dataset.train_path = "dataset/processed/math_train.jsonl"
     c.dataset.eval_path = "dataset/processed/math_test.jsonl"
     c.dataset.hf_dataset = "EleutherAI/hendrycks_math"

@@ -10,6 +10,7 @@ import numpy as np
 
 from common.answers.paper_parsers import check_parser
 from common.answers.pool import GradingHandle, GradingPool
+from reoac_jax.records import check_task
 from reoac_jax.tokenizer import Tokenizer
 
 # Grading functions by task; that of MATH loads computer algebra before its first item.
@@ -92,9 +93,10 @@ class Grader:
           time_limit: seconds per answer.
 
         Raises:
-          UserError: the workers cannot start, or the parser is not installed.
+          UserError: the task is unknown, the workers cannot start, or the parser is not installed.
         """
         self._tokenizer, self._mask_id, self._cut = tokenizer, mask_id, cut_at_eos
+        check_task(task)
         self._options = {"mode": mode, "verifier": verifier}
         if task == "math":
             self._options["parser"] = parser
