@@ -19,7 +19,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c = get_default_config()
     c.outputs.run_name = "debug"
     c.model.name_or_path = "Qwen/Qwen2.5-7B-Instruct"
-    c.model.dtype = "bfloat16"
     c.task.max_train_examples = 10
     c.task.max_eval_examples = 10
     c.decode.max_new_tokens = 256

@@ -92,7 +92,6 @@ def _recommended(c: ConfigDict, full: bool) -> ConfigDict:
     """What the authors' guide recommends for GSM8K."""
     c.outputs.run_name = "gsm8k_recommended_paper" if full else "gsm8k_recommended_small"
     c.model.name_or_path = "Qwen/Qwen2.5-7B-Instruct"
-    c.model.dtype = "bfloat16"
     c.task.dataset = "gsm8k"
     c.task.max_train_examples = 0 if full else 100
     c.task.max_eval_examples = 0 if full else 100

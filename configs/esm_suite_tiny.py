@@ -28,7 +28,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.suite.run_name_prefix = f"suite_{variant}" if variant else "suite_tiny"
     if variant == "tiny":
         return _tiny(c)
-    c.model.dtype = "bfloat16"
     if variant == "paper":
         c.model.name_or_path = MODELS[""]
         use_published_values(c)

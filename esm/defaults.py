@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from common.engines.base import SCOPES
+from common.engines.factory import ENGINES
 from common.errors import UserError
+from common.flags import refuse_negative
 from esm.core.contrast import QUALITIES
 from esm.core.sets import POSITIVE_SOURCES
 from esm.pairs import METHODS as MINE_METHODS
@@ -19,7 +21,6 @@ from esm.policies import ALPHA_NORMS, KEY_CENTERS, PROBE_SCALES, VARIANTS
 from esm.select import KERNEL_SCOPES
 from esm.select import METHODS as SELECT_METHODS
 
-BACKENDS = ("jax", "hf", "vllm")
 METHODS = ("greedy", "esm", "static", "self_consistency")
 # Ablations by name: what they change, and whether the whole pipeline runs again for them.
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -40,7 +41,7 @@ def get_default_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.name_or_path = "smollm2"  # packaged name, directory, .gguf file, hub name, or "tiny"
     c.model.revision = ""  # of the hub
-    c.model.dtype = "float32"  # of weights, cache and products: float32 | bfloat16 | float16
+    c.model.dtype = "auto"  # of weights, cache and products; auto: float32 on a CPU, else bfloat16
     c.model.params_dtype = ""  # jax: another one for weights and cache; "" = dtype
     c.model.tensor_parallel_size = 1
     c.model.enforce_eager = True  # vllm
@@ -179,11 +180,11 @@ def get_default_config() -> ConfigDict:
 
 
 _CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
     "model.params_dtype": ("", "float32", "bfloat16", "float16"),
-    "backend.rollouts": BACKENDS,
-    "backend.states": BACKENDS,
-    "backend.online": BACKENDS,
+    "backend.rollouts": tuple(ENGINES),
+    "backend.states": tuple(ENGINES),
+    "backend.online": tuple(ENGINES),
     "offline_mine.method": MINE_METHODS,
     "offline_mine.pos_source": POSITIVE_SOURCES,
     "offline_mine.quality": QUALITIES,
@@ -262,6 +263,22 @@ def finalize(config: ConfigDict) -> list[str]:
     for key in _NOT_NEGATIVE:
         if _at(config, key) < 0:
             raise UserError(f"config key {key}={_at(config, key)} must not be negative")
+    for key in ("task.split_seed", "eval.static_layer"):
+        if _at(config, key) < -1:
+            raise UserError(f"config key {key}={_at(config, key)} must be at least -1")
+    refuse_negative(
+        config,
+        allowed=(
+            "seed",
+            "task.split_seed",
+            "offline_select.random_seed",
+            "eval.static_layer",
+            "eval.static_strength",
+            "online.k_scale",
+            "online.min_sim",
+            "online.tau_null",
+        ),
+    )
     for key in ("decode.top_p", "offline_mine.top_p"):
         if not 0.0 < _at(config, key) <= 1.0:
             raise UserError(f"config key {key}={_at(config, key)} must lie in (0, 1]")

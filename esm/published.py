@@ -74,7 +74,6 @@ def published_config(dataset: str, variant: str = "") -> ConfigDict:
     suffix = f"_{variant}" if variant else ""
     c.outputs.run_name = f"esm_{dataset.replace('-', '_')}{suffix}"
     c.model.name_or_path = MODELS.get(variant, MODELS[""])
-    c.model.dtype = "bfloat16"
     c.model.max_model_len = setting.max_model_len
     c.task.dataset = dataset
     c.task.train_split = setting.train_split

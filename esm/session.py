@@ -9,11 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from common.engines.base import Engine, require_capabilities
+from common.engines.base import Engine
 from common.engines.delimiter import Automaton, build_automaton
+from common.engines.factory import check_engine
 from common.errors import UserError, require
+from common.lm.config import read_stop_ids
 from common.lm.source import Source, resolve
-from esm.backends import CAPABILITIES, build_engine
+from esm.backends import build_engine
 from esm.datasets import TaskExample
 from esm.prompts import build_messages, prompt_ids, prompt_record
 from esm.runs import Run
@@ -80,8 +82,7 @@ class Sessions:
             UserError: a backend cannot do what is asked of it, or the model is not there.
         """
         for purpose in purposes:
-            backend = backend_of(config, purpose)
-            require_capabilities(backend, CAPABILITIES[backend], NEEDS[purpose])
+            check_engine(backend_of(config, purpose), NEEDS[purpose])
         self._config = config
         self._open: dict[str, Session] = {}
 
@@ -123,7 +124,8 @@ class Sessions:
         config, source = self._config, self.source
         tokenizer = load_tokenizer(source.path)
         pieces = token_bytes(tokenizer)
-        engine, stop_ids = build_engine(backend, source.path, pieces, config)
+        engine = build_engine(backend, source.path, pieces, config)
+        stop_ids = read_stop_ids(source.path)
         if not stop_ids:
             require(
                 tokenizer.eos_token_id is not None,
