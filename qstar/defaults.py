@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from common.errors import UserError, require
 from qstar.adapters import ADAPTERS
 from qstar.backend import BACKENDS
+from qstar.prompts import STYLES
 from qstar.sampling import DRAWS
 from qstar.settings import alpha_settings, law_settings, parse_shard, prompt_settings
 
@@ -166,6 +167,8 @@ def finalize(config: ConfigDict, needs_data: bool = True) -> list[str]:
     Raises:
         UserError: with the key and what it may be.
     """
+    if config.data.prompt_style_t:
+        one_of("data.prompt_style_t", config.data.prompt_style_t, STYLES)
     alpha_settings(config)
     law_settings(config)
     prompt_settings(config)

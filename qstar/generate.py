@@ -32,7 +32,7 @@ from qstar.system import (
     tell,
 )
 from qstar.tilt import FORCED, IDENTICAL
-from qstar.writer import Done, Journal, check_manifest, output_paths, sort_output
+from qstar.writer import Done, Journal, check_manifest, output_paths, sort_output, unwritable
 
 DRY_ROWS = 2
 EXIT_ROW_ERRORS = 3
@@ -55,8 +55,8 @@ class Report:
         """
         shard = parse_shard(config.run.shard)
         self._bar = tqdm(total=total, unit="sample", dynamic_ncols=True, file=sys.stderr)
-        directory = output_paths(config.run.output, shard)["metrics"]
-        self._metrics = MetricWriter(directory, enabled=config.run.metrics)
+        self._directory = output_paths(config.run.output, shard)["metrics"]
+        self._metrics = MetricWriter(self._directory, enabled=config.run.metrics)
         self._every, self._slots = config.run.log_seconds, backend.slots
         self._done, self.samples, self.errors, self.tokens = done, 0, 0, 0
         self._begin = self._last = time.monotonic()
@@ -106,7 +106,10 @@ class Report:
             alpha, flags = np.concatenate(self._alpha), np.concatenate(self._flags)
             row["q/alpha"] = float(np.mean(alpha))
             row["q/flagged"] = float(np.mean((flags & ~(FORCED | IDENTICAL)) != 0))
-        self._metrics.write(self._done + self.samples, row)
+        try:
+            self._metrics.write(self._done + self.samples, row)
+        except OSError as error:
+            raise unwritable(self._directory, error) from error
         self._last = now
         self._reset()
 

@@ -155,7 +155,7 @@ class Journal:
                 os.ftruncate(self._files[name], os.fstat(self._files[name]).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
     def sync(self) -> None:
         """Makes everything written so far survive a power cut; what goes with data before data."""
@@ -163,7 +163,7 @@ class Journal:
             try:
                 os.fsync(self._files[name])
             except OSError as error:
-                raise _unwritable(self.paths[name], error) from error
+                raise unwritable(self.paths[name], error) from error
         self._last_sync = time.monotonic()
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ def check_manifest(
         try:
             atomic_write_json(path, full)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -304,7 +304,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: json_text(tree)}
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
     """What to do about a file that cannot be written."""
     return UserError(
         f"{path}: {error.strerror or error}; make room and run the same command again: it "
@@ -321,7 +321,7 @@ def _take_lock(path: Path, data: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
