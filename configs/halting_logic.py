@@ -62,5 +62,5 @@ def get_config(variant: str = "") -> ConfigDict:
         c.eval.every = 20
         c.eval.val_size = 32
         c.eval.test_size = 32
-        c.eval.batch_size = 32
+        c.eval.batch_size = 16
     return c

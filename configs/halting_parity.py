@@ -85,5 +85,5 @@ def get_config(variant: str = "") -> ConfigDict:
         c.eval.every = 20
         c.eval.val_size = 64
         c.eval.test_size = 64
-        c.eval.batch_size = 64
+        c.eval.batch_size = 16
     return c

@@ -2,14 +2,12 @@
 
 The rows still running are gathered into smaller and smaller buckets, so a batch costs about the sum
 of its rows' steps instead of the number of rows times the slowest row's steps. The sizes follow
-from the number of rows alone, and nothing is decided on the host:
-
-    B, 3/4 B, 1/2 B, 3/8 B, 1/4 B, and then halves, by at least MIN_STEP rows each
-
-Close sizes come first, where a row too many costs most; every size is one copy of the model's step
-in the program. A batch of at most WHOLE rows is not divided.
+from the number of rows alone, and nothing is decided on the host: B, 0.6 B, 0.36 B, .., rounded up,
+LEVELS at most and none below SMALLEST. Every size is one copy of the model's step in the program,
+which is what limits their number; a batch of at most WHOLE rows is not divided.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,20 +16,18 @@ import jax.numpy as jnp
 
 from halting_jax.types import Batch, Model, Outputs, Params
 
-WHOLE = 8  # batches of so few rows are not divided
-MIN_STEP = 4  # rows by which a bucket is smaller than the one before
+RATIO = 0.6
+LEVELS = 6
+SMALLEST = 5
+WHOLE = 8
 
 
 def bucket_sizes(rows: int) -> tuple[int, ...]:
     """Sizes of the buckets of a batch of so many rows, falling, the batch itself first."""
-    sizes = [rows]
-    parts = [-(-rows * eighths // 8) for eighths in (6, 4, 3, 2)]
-    parts += [-(-rows // 2**k) for k in range(3, 31)]
-    for size in parts if rows > WHOLE else ():
-        size = max(size, MIN_STEP)
-        if sizes[-1] - size >= MIN_STEP:
-            sizes.append(size)
-    return tuple(sizes)
+    if rows <= WHOLE:
+        return (rows,)
+    sizes = (math.ceil(rows * RATIO**level) for level in range(LEVELS))
+    return tuple(size for size in sizes if size >= SMALLEST)
 
 
 def with_early_exit(model: Model) -> Callable[[Params, Batch], tuple[Outputs, jax.Array]]:

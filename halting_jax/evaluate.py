@@ -103,7 +103,9 @@ class Evaluator:
         self._finalize = finalize or _values
         self._mode = mode
         self._apply = self._inference(early_exit)
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        # Sets of equal shapes share one program; only their examples are drawn by one each.
+        self._grade = spmd(self._graded, mesh, (WHOLE, ROWS, ROWS), (WHOLE, ROWS), mode=mode)
+        self._draws: dict[str, Callable[[np.ndarray], Batch]] = {}
 
     def _inference(self, early_exit: bool) -> Callable[[Params, Batch], Outputs]:
         model = self._model
@@ -140,7 +142,8 @@ class Evaluator:
             for start in starts:
                 before_batch()
                 rows = np.arange(start, start + self._batch_size, dtype=np.int32)
-                sums, results = self._call(examples)(params, rows)
+                batch = self._draw(examples)(rows)
+                sums, results = self._grade(params, batch, rows < examples.size)
                 # Sums of many examples lose digits in float32: they are added up in float64.
                 sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -170,20 +173,17 @@ class Evaluator:
             difficulty=joined("difficulty"),
         )
 
-    def _call(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
-        """The compiled evaluation of a batch of this set; sets differ in their static widths."""
-        if examples.name not in self._compiled:
-            self._compiled[examples.name] = self._compile(examples)
-        return self._compiled[examples.name]
+    def _draw(self, examples: EvalSet) -> Callable[[np.ndarray], Batch]:
+        """The compiled examples of a set: row numbers -> Batch."""
+        if examples.name not in self._draws:
+            draw = spmd(examples.batch, self._mesh, (ROWS,), ROWS, mode=self._mode)
+            self._draws[examples.name] = draw
+        return self._draws[examples.name]
 
-    def _compile(self, examples: EvalSet) -> Callable[[Params, np.ndarray], Any]:
-        def evaluate(params: Params, rows: jax.Array) -> Any:
-            batch = examples.batch(rows)
-            outputs = self._apply(params, batch)
-            sums, results = self._measure(outputs, batch, rows < examples.size)
-            return sum_over_devices(sums), results
-
-        return spmd(evaluate, self._mesh, (WHOLE, ROWS), (WHOLE, ROWS), mode=self._mode)
+    def _graded(self, params: Params, batch: Batch, counted: jax.Array) -> Any:
+        """One device's part: sums over all devices, and results of its own rows."""
+        sums, results = self._measure(self._apply(params, batch), batch, counted)
+        return sum_over_devices(sums), results
 
     def _measure(
         self, outputs: Outputs, batch: Batch, counted: jax.Array

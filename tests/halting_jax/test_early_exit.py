@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halting_jax.early_exit import MIN_STEP, WHOLE, bucket_sizes, with_early_exit
+from halting_jax.early_exit import LEVELS, SMALLEST, WHOLE, bucket_sizes, with_early_exit
 from halting_jax.types import Batch, Model, Outputs, Ponder
 
 LIMIT = 40
@@ -76,7 +76,7 @@ def test_same_results_at_the_cost_of_the_mean(rows: int) -> None:
     alive = [int((need > step).sum()) for step in range(need.max())]
     assert int(row_steps) == sum(min(s for s in sizes if s >= count) for count in alive)
     if rows == 64:
-        assert row_steps <= 1.5 * need.sum() + MIN_STEP * need.max()
+        assert row_steps <= 1.5 * need.sum() + SMALLEST * need.max()
         assert row_steps < 0.75 * rows * need.max()
 
 
@@ -93,10 +93,11 @@ def test_a_row_that_never_starts_and_a_batch_that_stops_at_once() -> None:
 
 
 def test_buckets_fall_from_the_batch_to_the_smallest() -> None:
-    assert bucket_sizes(64) == (64, 48, 32, 24, 16, 8, 4)
-    assert bucket_sizes(50) == (50, 38, 25, 19, 13, 7)
+    assert bucket_sizes(64) == (64, 39, 24, 14, 9, 5)
+    assert bucket_sizes(512) == (512, 308, 185, 111, 67, 40)
     assert bucket_sizes(8) == (8,) and bucket_sizes(3) == (3,)
     for rows in range(1, 300):
         sizes = bucket_sizes(rows)
-        assert sizes[0] == rows and (rows <= WHOLE or sizes[-1] < 2 * MIN_STEP)
-        assert all(b + MIN_STEP <= a <= 3 * b for a, b in zip(sizes, sizes[1:], strict=False))
+        assert sizes[0] == rows and len(sizes) <= LEVELS
+        assert len(sizes) == 1 if rows <= WHOLE else sizes[-1] >= SMALLEST
+        assert all(b < a <= 2 * b for a, b in zip(sizes, sizes[1:], strict=False))
