@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -150,7 +151,11 @@ def parse(argv: Sequence[str], flag_values: absl_flags.FlagValues = FLAGS) -> li
         raise UserError(f"unexpected argument {rest[1]!r}; options are written --name=value")
     flag: Any = flag_values["config"]
     flag._config_filename = spec  # so that config_flags.get_config_filename works as usual
-    _check_tuples(config_flags.get_override_values(flag), defaults)
+    overrides = config_flags.get_override_values(flag)
+    _check_tuples(overrides, defaults)
+    for key, value in overrides.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--config.{key}={value} is not a finite number")
     _announce_group(flag_values)
     return rest
 
@@ -227,6 +232,24 @@ def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def refuse_negative(config: config_dict.ConfigDict, allowed: Iterable[str] = ()) -> None:
+    """Checks that no number of a config is below 0.
+
+    Args:
+        config: the resolved config.
+        allowed: dotted names of keys and sections with a rule of their own.
+
+    Raises:
+        UserError: names the key.
+    """
+    free = tuple(allowed)
+    for key, value in flatten(config).items():
+        if any(key == name or key.startswith(f"{name}.") for name in free):
+            continue
+        if isinstance(value, (int, float)) and value < 0:
+            raise UserError(f"config key {key}={value} must not be negative")
 
 
 def config_digest(config: config_dict.ConfigDict, sections: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.flags import refuse_negative
 
 TASKS = (
     "maze",
@@ -448,6 +449,22 @@ def finalize(config: ConfigDict) -> list[str]:
         for key in ("ut.key_depth", "ut.value_depth"):
             if _at(c, key) % c.ut.heads:
                 raise UserError(f"config key {key}={_at(c, key)} must be a multiple of ut.heads")
+    for key in ("task.near_ood_bits", "task.ood_bits", "task.position_offset"):
+        if _at(c, key) < -1:
+            raise UserError(f"config key {key}={_at(c, key)} must be at least -1")
+    refuse_negative(
+        c,
+        allowed=(
+            "seed",
+            "data.seed",
+            "eval.seed",
+            "act.halt_bias",
+            "ut.halt_bias",
+            "task.near_ood_bits",
+            "task.ood_bits",
+            "task.position_offset",
+        ),
+    )
     warnings = []
     if c.model.type == "act_rnn" and c.act.kind == "act" and c.act.time_limit == 1:
         warnings.append("act.time_limit=1 leaves one inner step: nothing can be adapted")

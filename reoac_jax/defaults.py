@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 
 from common.answers.paper_parsers import parser_name
 from common.errors import UserError
+from common.flags import refuse_negative
 from reoac_jax.records import TASKS
 from reoac_jax.types import OPERATORS
 
@@ -374,6 +375,14 @@ def finalize(config: ConfigDict) -> list[str]:
     if c.algo == "paper":
         _one_of(c.rollout.selection_mode, SELECTION_MODES[:2], "rollout.selection_mode")
         _one_of(c.relation.canvas, ("written",), "relation.canvas")
+    for key in ("dataset.min_ops", "dataset.max_ops", "dataset.max_value", "backbone.num_steps"):
+        if _at(c, key) < 1:
+            raise UserError(f"config key {key}={_at(c, key)} must be at least 1")
+    if c.logging.sample_interval < 1:
+        raise UserError(
+            f"config key logging.sample_interval={c.logging.sample_interval} must be at least 1"
+        )
+    refuse_negative(c, allowed=("seed", "dataset.problem_seed"))
     warnings = []
     worst = c.rollout.cost_lambda * c.rollout.max_steps  # cheapest operator costs 1 per step
     if c.algo == "paper" and worst >= 1.0:
