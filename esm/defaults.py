@@ -263,7 +263,7 @@ def finalize(config: ConfigDict) -> list[str]:
     for key in _NOT_NEGATIVE:
         if _at(config, key) < 0:
             raise UserError(f"config key {key}={_at(config, key)} must not be negative")
-    for key in ("task.split_seed", "eval.static_layer"):
+    for key in ("task.split_seed", "task.dev_offset", "task.eval_offset", "eval.static_layer"):
         if _at(config, key) < -1:
             raise UserError(f"config key {key}={_at(config, key)} must be at least -1")
     refuse_negative(
@@ -271,6 +271,8 @@ def finalize(config: ConfigDict) -> list[str]:
         allowed=(
             "seed",
             "task.split_seed",
+            "task.dev_offset",
+            "task.eval_offset",
             "offline_select.random_seed",
             "eval.static_layer",
             "eval.static_strength",
