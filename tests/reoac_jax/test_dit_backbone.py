@@ -44,10 +44,16 @@ def tiny_dit(family: str, score_mode: str = "bidirectional", **changes) -> dit.D
 
 def lively(params, seed=1, scale=0.3):
     """The parameters with noise: fresh ones have all modulations and the output at zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    rng = np.random.default_rng(seed)
+
+    def noisy(x):
+        return jnp.asarray(np.asarray(x) + scale * rng.standard_normal(x.shape).astype(np.float32))
+
+    return jax.tree.map(noisy, params)
+
+
+_output = jax.jit(dit.network_output, static_argnums=1)
+_score = jax.jit(dit.score, static_argnums=1)
 
 
 @pytest.fixture(scope="module", params=["mdlm", "sedd"])
@@ -79,7 +85,7 @@ def test_scores_are_those_of_the_network(network):
     canvas, gen_ids, t = toy_canvas(ROWS), gen_ids_of(ROWS), jnp.asarray([0.2, 0.5, 0.9])
     scores, logits = scorer(cfg)(params, canvas, gen_ids, t)
     filled = canvas.with_gen(gen_ids)
-    out = dit.score(
+    out = _score(
         params,
         cfg,
         filled.tokens,
@@ -145,7 +151,7 @@ def test_blocks_start_as_the_identity(network):
     fresh = dit.init_params(jax.random.key(3), cfg)
     tokens = toy_canvas(ROWS).tokens
     mask = jnp.ones_like(tokens, bool)
-    out = dit.score(fresh, cfg, tokens, attention_mask=mask, t=jnp.full(3, 0.5))
+    out = _score(fresh, cfg, tokens, attention_mask=mask, t=jnp.full(3, 0.5))
     np.testing.assert_allclose(out.hidden, fresh["embed"]["embedding"][tokens], atol=1e-6)
     assert float(jnp.abs(out.logits).max()) == 0.0
 
@@ -154,17 +160,18 @@ def test_dropout_and_rematerialisation(network):
     cfg, params = network
     tokens = toy_canvas(ROWS).tokens
     sigma = jnp.full(3, 0.5)
-    plain = dit.network_output(params, cfg, tokens, sigma)
+    plain = _output(params, cfg, tokens, sigma)
     dropping = dataclasses.replace(cfg, dropout=0.5)
-    np.testing.assert_array_equal(plain, dit.network_output(params, dropping, tokens, sigma))
+    np.testing.assert_array_equal(plain, _output(params, dropping, tokens, sigma))
     keys = jax.random.split(jax.random.key(0), 2)
-    one, two = (dit.network_output(params, dropping, tokens, sigma, key=k) for k in keys)
+    one, two = (_output(params, dropping, tokens, sigma, key=k) for k in keys)
     assert float(jnp.abs(one - two).max()) > 1e-3
 
     def loss(params, cfg):
         return jnp.sum(jnp.sin(dit.network_output(params, cfg, tokens, sigma)))
 
-    grads = [jax.grad(loss)(params, c) for c in (cfg, dataclasses.replace(cfg, remat=True))]
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    grads = [grad(params, c) for c in (cfg, dataclasses.replace(cfg, remat=True))]
     for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3, rtol=1e-3)
     moved = float(jnp.abs(grads[0]["sigma"]["fc0"]["kernel"]).max()) > 0
@@ -236,11 +243,15 @@ def test_context_is_neither_noised_nor_scored():
     context = jnp.arange(6) < jnp.asarray([[6], [6], [6], [3]])
     everything = jnp.ones_like(ids, bool)
     t = jnp.full(4, 0.999)
-    noisy = dit_loss.corrupt(cfg, jax.random.key(0), ids, t, context)
+    # `bound_loss` splits its key before it draws the noise.
+    noisy = dit_loss.corrupt(cfg, jax.random.split(jax.random.key(0))[0], ids, t, context)
     assert np.all(np.asarray(noisy)[np.asarray(context)] == 1)
     assert np.all(np.asarray(noisy)[3, 3:] == cfg.mask_id)
-    one = dit_loss.bound_loss(params, cfg, ids, everything, context, t, jax.random.key(0))
-    alone = dit_loss.token_bounds(params, cfg, ids, noisy, t)
+    key = jax.random.key(0)
+    one = jax.jit(dit_loss.bound_loss, static_argnums=1)(
+        params, cfg, ids, everything, context, t, key
+    )
+    alone = jax.jit(dit_loss.token_bounds, static_argnums=1)(params, cfg, ids, noisy, t)
     assert float(one) == pytest.approx(float(alone[3, 3:].mean()), rel=1e-4)
 
 
