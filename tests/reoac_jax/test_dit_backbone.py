@@ -156,6 +156,7 @@ def test_blocks_start_as_the_identity(network):
     assert float(jnp.abs(out.logits).max()) == 0.0
 
 
+@pytest.mark.slow
 def test_dropout_and_rematerialisation(network):
     cfg, params = network
     tokens = toy_canvas(ROWS).tokens

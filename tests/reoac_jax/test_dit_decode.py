@@ -120,7 +120,7 @@ def test_uncached_decoding_is_the_plain_loop(network, rule):
         assert passes < GEN
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("cache", ["none", "dual", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_threshold_one_writes_one_token_per_step(network, cache):
     done = decode(network, cache=cache, threshold=1.0)
     assert done.steps.tolist() == [4, 4]

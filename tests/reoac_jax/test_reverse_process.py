@@ -201,7 +201,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "uniform-euler" else []) for n in CASES],
+)
 def test_score_samplers_follow_the_law(name):
     scores, schedule, settings = CASES[name]
     start = masked_start()
