@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -295,3 +297,27 @@ def test_the_process_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 2 and not any(tmp_path.iterdir())
     assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(root: Path, tmp_path: Path) -> None:
+    """SIGKILL while rollouts, states and answers are being written; the result is the same."""
+    args = (*TINY, f"--config.outputs.root_dir={tmp_path}", "--run_id=one", "--stage=all")
+    run = _run(tmp_path)
+    for marker in (
+        run / "mine" / "rollouts.jsonl",
+        run / "mine" / "states" / "00000.npz",
+        run / "eval" / "greedy_T16" / "per_example.jsonl",
+        run / "eval" / "ESM_T16" / "per_example.jsonl",
+    ):
+        process = commands.start(*args, module="esm.main")
+        limit = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < limit:
+            if marker.exists() or (marker.parent.parent / "mine" / "manifest.json").exists():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        process.communicate(timeout=120)
+    done = commands.run(*args, module="esm.main")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert _contents(tmp_path) == _contents(root)
