@@ -16,9 +16,11 @@ Groups
 import argparse
 import dataclasses
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -263,21 +265,23 @@ def format_table(lines: list[Speed]) -> str:
 
 
 def run(groups: list[str], sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Measure, print the table and return everything for the JSON file."""
-    before, start = machine(), time.perf_counter()
+    """Measure, print the table and return a record per group for the JSON file."""
+    records: dict[str, Any] = {}
     lines: list[Speed] = []
     for group in groups:
-        lines += MEASURES[group](sizes, repeats)
-        print(format_table(lines), file=sys.stderr, flush=True)
+        before, start = machine(), time.perf_counter()
+        measured = MEASURES[group](sizes, repeats)
+        records[group] = {
+            "machine": before | {"load_average_after": machine()["load_average"]},
+            "seconds": round(time.perf_counter() - start, 1),
+            "repeats": repeats,
+            "sizes": dataclasses.asdict(sizes),
+            "rows": [dataclasses.asdict(line) for line in measured],
+        }
+        lines += measured
+        print(f"{group} done", file=sys.stderr, flush=True)
     print(format_table(lines))
-    return {
-        "command": "python -m bench.block_decode",
-        "machine": before | {"load_average_after": machine()["load_average"]},
-        "seconds": round(time.perf_counter() - start, 1),
-        "repeats": repeats,
-        "sizes": dataclasses.asdict(sizes),
-        "rows": [dataclasses.asdict(line) for line in lines],
-    }
+    return records
 
 
 def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None:
@@ -285,7 +289,9 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", default="", help="also write everything to this file")
+    parser.add_argument(
+        "--json", default="", help="file for the record; groups in it that are not measured stay"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds per comparison")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
     parser.add_argument("--prompt", type=int, default=Sizes.prompt, help="tokens of the prompt")
@@ -295,9 +301,13 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
     if any(g not in GROUPS for g in groups) or given.repeats < 1:
         parser.error(f"--only takes {', '.join(GROUPS)}; --repeats at least 1")
     sizes = sizes or Sizes(prompt=given.prompt, gen_len=given.gen_len)
-    result = run(groups, sizes, given.repeats)
+    records = run(groups, sizes, given.repeats)
     if given.json:
-        atomic_write_json(given.json, result)
+        # Groups measured before and not now stay.
+        file = Path(given.json)
+        earlier = json.loads(file.read_text())["groups"] if file.is_file() else {}
+        record = {"command": "python -m bench.block_decode", "groups": earlier | records}
+        atomic_write_json(file, record)
 
 
 if __name__ == "__main__":

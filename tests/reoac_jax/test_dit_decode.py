@@ -9,6 +9,7 @@ import pytest
 
 from common.errors import UserError
 from reoac_jax.backbone import dit
+from reoac_jax.backbone.denoising import DecodeSettings, keep_surest
 from reoac_jax.backbone.dit_decode import BlockSettings, decode_blocks
 from reoac_jax.unmasking import unmask
 from tests.reoac_jax.test_dit_backbone import lively, tiny_dit
@@ -58,6 +59,17 @@ def test_factor_one_only_writes_what_sequential_decoding_would():
     chosen = unmask(confidence, jnp.ones((2, 3), bool), 0, factor=1.0)
     # n = 1: 2 * 0.24 < 1; n = 2: 3 * 0.30 < 1; n = 3: 4 * 0.45 >= 1.
     np.testing.assert_array_equal(chosen, [[False, True, True], [False] * 3])
+
+
+def test_blocks_of_e2d2_know_the_factor_rule():
+    probability = jnp.asarray([[0.95, 0.70, 0.76, 0.2]])
+    masked = jnp.asarray([[True, True, False, True]])
+    share = jnp.int32(2)  # the schedule alone would write one position
+    plain = keep_surest(probability, probability, masked, share, DecodeSettings())
+    np.testing.assert_array_equal(plain & masked, [[True, False, False, False]])
+    # n = 2: 3 * 0.30 < 1.
+    ruled = keep_surest(probability, probability, masked, share, DecodeSettings(factor=1.0))
+    np.testing.assert_array_equal(ruled & masked, [[True, True, False, False]])
 
 
 # ----------------------------------------------------------------------------------------- decoding
