@@ -23,6 +23,7 @@ waiting threads would distort everything else.
 
 import argparse
 import dataclasses
+import os
 import sys
 import tempfile
 import time
@@ -246,11 +247,11 @@ def run(
         rows += rate_rows(MODELS[model], timed_scene, slots, repeats, timed, clock)
     print(format_rows(rows))
     return {
-        "command": f"python -m bench.esm_engine {' '.join(sys.argv[1:])}".strip(),
         "machine": before | {"load_average_after": machine()["load_average"]},
         "seconds": round(time.perf_counter() - start, 1),
         "repeats": repeats,
         "clock": clock,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "model": dataclasses.asdict(MODELS[model]),
         "scene": dataclasses.asdict(scene),
         "timed_scene": dataclasses.asdict(timed_scene),
@@ -282,7 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
     timed = dataclasses.replace(scene, segments=given.timed_segments or given.segments)
     result = run(groups, given.model, scene, timed, given.slots, given.repeats, given.clock)
     if given.json:
-        atomic_write_json(given.json, result)
+        flags = {name: getattr(given, name) for name in ("only", "timed_segments", "slots")}
+        atomic_write_json(given.json, {"command": "python -m bench.esm_engine"} | flags | result)
 
 
 if __name__ == "__main__":
