@@ -26,6 +26,8 @@ then, and `later` what the rounds added: 0 = nothing was compiled again.
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -60,22 +62,36 @@ def run(groups: list[str], sizes: Sizes, repeats: int) -> dict[str, Any]:
     """
     from bench.plain_torch_halting import threads
 
-    before, start = machine(), time.perf_counter()
-    rows = []
+    rows, measured = [], {}
     for group in groups:
+        before, start = machine(), time.perf_counter()
         for row in MEASURES[group](sizes, repeats):
             rows.append(row)
             print(f"{row.name}: {row.ratio:.2f} {row.met}", file=sys.stderr, flush=True)
+        measured[group] = {
+            "load_average": [before["load_average"], machine()["load_average"]],
+            "seconds": round(time.perf_counter() - start, 1),
+            "repeats": repeats,
+        }
     print(format_rows(rows))
     return {
         "command": "python -m bench.halting",
-        "machine": before | {"load_average_after": machine()["load_average"]},
+        "machine": machine(),
         "torch_threads": threads(),
-        "seconds": round(time.perf_counter() - start, 1),
-        "repeats": repeats,
+        "groups": measured,
         "sizes": dataclasses.asdict(sizes),
         "rows": [row.as_dict() for row in rows],
     }
+
+
+def kept(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new result with the groups of an older one of the same sizes that it lacks."""
+    if old.get("sizes") != json.loads(json.dumps(new["sizes"])):
+        return new
+    groups = old["groups"] | new["groups"]
+    rows = [row for row in old["rows"] if row["name"].split()[0] not in new["groups"]]
+    rows = sorted([*rows, *new["rows"]], key=lambda row: GROUPS.index(row["name"].split()[0]))
+    return new | {"groups": groups, "rows": rows}
 
 
 def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None:
@@ -83,7 +99,9 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", default="", help="also write everything to this file")
+    parser.add_argument(
+        "--json", default="", help="also write to this file; groups not measured stay"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds per comparison")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
     given = parser.parse_args(arguments)
@@ -94,6 +112,9 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
     log.quiet_libraries()
     result = run(groups, sizes or Sizes(), given.repeats)
     if given.json:
+        if os.path.exists(given.json):
+            with open(given.json) as file:
+                result = kept(json.load(file), result)
         atomic_write_json(given.json, result)
 
 

@@ -61,6 +61,12 @@ CLAIMS = {
     "parity8_pondernet": Claim("configs/halting_parity.py:ponder8", "id", "accuracy"),
     "addition": Claim("configs/halting_addition.py:cpu", "id", "accuracy_sequence", 0.95),
     "logic": Claim("configs/halting_logic.py:cpu", "id", "accuracy", 0.99),
+    "logic_short": Claim(
+        "configs/halting_logic.py:cpu",
+        "id",
+        "accuracy",
+        overrides=("--config.train.max_steps=80000",),
+    ),
     "sort": Claim("configs/halting_sort.py:cpu", "id", "sequence_accuracy"),
     "copy": Claim("configs/halting_copy.py:cpu", "id", "sequence_accuracy"),
     "maze6": Claim("configs/halting_maze_ut.py:cpu", "test", "acc", 0.5),

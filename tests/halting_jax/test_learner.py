@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,14 @@ import pytest
 from common import flags
 from common.dist import make_mesh
 from halting_jax.build import build
-from halting_jax.learner import OptimSettings, compile_steps, init_state, make_step, named_leaves
+from halting_jax.learner import (
+    OptimSettings,
+    TrainState,
+    compile_steps,
+    init_state,
+    make_step,
+    named_leaves,
+)
 from halting_jax.source import Source, generated_source
 from halting_jax.train import optim_settings
 
@@ -46,7 +54,7 @@ for spec in sys.argv[1:]:
     task = built.task
     if task.sample is None:
         built = dataclasses.replace(built, task=dataclasses.replace(task, sample=grid))
-    source = generated_source(built.task, 32, 8, 0)
+    source = generated_source(built.task, 16, 8, 0)
     settings = optim_settings(config, 20, 1)
     step = make_step(built.task, built.model, built.objective, settings)
     rows = jnp.arange(8, dtype=jnp.int32)
@@ -59,7 +67,7 @@ for spec in sys.argv[1:]:
         run = compile_steps(step, source.draw, mesh, mode)
         for _ in range(2):
             state, sums = jax.block_until_ready(run(state, shard_batch(mesh, rows), (), 2))
-        evaluator = Evaluator(built.task, built.model, mesh, batch_size=32, tau=0.0, mode=mode)
+        evaluator = Evaluator(built.task, built.model, mesh, batch_size=16, tau=0.0, mode=mode)
         graded = evaluator.run(state.params, source.evaluation["val"])
         rows_of = {"correct": graded.correct, "steps": graded.steps}
         results[devices, mode] = (*jax.device_get((state.params, state.ema, sums)), rows_of)
@@ -89,22 +97,33 @@ def _setting(**changes: Any) -> tuple[Any, OptimSettings, Source]:
     return built, optim_settings(config, 20, 1), generated_source(built.task, 8, 8, 0)
 
 
-def _run(built: Any, settings: OptimSettings, source: Source, *counts: int) -> list[Any]:
-    """States and sums after each of several calls."""
+def _start(built: Any, settings: OptimSettings) -> TrainState:
+    # Compiled as a whole: run op by op it takes seconds.
+    state: TrainState = jax.jit(lambda: init_state(built.model, settings, 0))()
+    return state
+
+
+def _runner(built: Any, settings: OptimSettings, source: Source) -> Callable[..., list[Any]]:
+    """One compiled program as a function of how many steps each of several calls takes; it returns
+    weights, average and sums after each."""
     step = make_step(built.task, built.model, built.objective, settings)
     run = compile_steps(step, source.draw, make_mesh(1))
-    state = init_state(built.model, settings, 0)
-    rows, seen = jnp.arange(16, dtype=jnp.int32), []
-    for count in counts:
-        state, sums = run(state, rows, (), count)
-        seen.append(jax.device_get((state.params, state.ema, sums)))
-    return seen
+
+    def calls(*counts: int) -> list[Any]:
+        state = _start(built, settings)
+        rows, seen = jnp.arange(16, dtype=jnp.int32), []
+        for count in counts:
+            state, sums = run(state, rows, (), count)
+            seen.append(jax.device_get((state.params, state.ema, sums)))
+        return seen
+
+    return calls
 
 
 def test_frozen_halting_unit_neither_learns_nor_decays() -> None:
     built, settings, source = _setting(act__halt_warmup_steps=3, optim__weight_decay=0.1)
-    first, later = _run(built, settings, source, 3, 2)
-    start = jax.device_get(init_state(built.model, settings, 0).params)
+    first, later = _runner(built, settings, source)(3, 2)
+    start = jax.device_get(_start(built, settings).params)
     names = named_leaves(start)
 
     def moved(after: Any) -> dict[str, bool]:
@@ -121,17 +140,16 @@ def test_frozen_halting_unit_neither_learns_nor_decays() -> None:
 
 def test_average_follows_the_weights_from_their_start() -> None:
     built, settings, source = _setting(optim__ema__enabled=True, optim__ema__decay=0.75)
-    states = _run(built, settings, source, 1, 1, 1)
-    average = jax.device_get(init_state(built.model, settings, 0).params)
+    states = _runner(built, settings, source)(1, 1, 1)
+    average = jax.device_get(_start(built, settings).params)
     for params, ema, _ in states:
         average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, params)
         jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-6), average, ema)
 
 
 def test_any_number_of_steps_is_one_program_and_the_same_run() -> None:
-    built, settings, source = _setting()
-    cut = _run(built, settings, source, 1, 3, 2)[-1]
-    whole = _run(built, settings, source, 6)[-1]
+    run = _runner(*_setting())
+    cut, whole = run(1, 3, 2)[-1], run(6)[-1]
     jax.tree.map(np.testing.assert_array_equal, cut[0], whole[0])
 
 
@@ -144,12 +162,13 @@ def test_nonfinite_gradients_are_counted() -> None:
 
     step = make_step(built.task, built.model, built.objective, settings)
     run = compile_steps(step, draw, make_mesh(1))
-    _, sums = run(init_state(built.model, settings, 0), jnp.arange(16, dtype=jnp.int32), (), 1)
+    _, sums = run(_start(built, settings), jnp.arange(16, dtype=jnp.int32), (), 1)
     assert int(sums.nan_count) > 0 and not np.isfinite(float(sums.grad_norm))
 
 
 def _agree(*specs: str) -> None:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    options = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": options}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(AGREE), *specs],
         env=environment,

@@ -69,7 +69,7 @@ def _batch(seed: int = 0, rows: int = ROWS, valid: int = LENGTH) -> Batch:
 
 def _params(settings: TrmSettings, shape: TaskShape = SHAPE) -> Params:
     """Random weights with a halting head that tells rows apart."""
-    params = make_trm(shape, settings).init(jax.random.key(0))
+    params = jax.jit(make_trm(shape, settings).init)(jax.random.key(0))
     kernel = -jax.random.normal(jax.random.key(1), params["halt"]["kernel"].shape)
     return params | {"halt": {"kernel": kernel, "bias": jnp.full(1, 0.7)}}
 
@@ -517,7 +517,7 @@ def test_learns_sixteen_mazes_by_heart() -> None:
 
         return jax.lax.scan(step, (params, state, carry), jax.random.split(key, 50))[0]
 
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     loop = (params, optimizer.init(params), first(batch))
     evaluate = jax.jit(model.apply)
     for call in range(8):

@@ -104,7 +104,7 @@ def test_trace(path: Path) -> None:
 
         step = make_step(task, model, act_objective(task, model), settings)
         run = compile_steps(step, draw, make_mesh(1))
-        state = init_state(model, settings, 0)
+        state = jax.jit(lambda: init_state(model, settings, 0))()
         state = state.replace(  # type: ignore[attr-defined]
             params=jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
         )
