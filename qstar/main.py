@@ -25,6 +25,9 @@ def main(argv: list[str]) -> int:
     log.quiet_libraries()
     if config.run.platform:
         os.environ["JAX_PLATFORMS"] = config.run.platform
+    if config.backend != "jax":
+        # PyTorch needs the GPU's memory too; JAX reads this when it first looks for devices.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from common import dist
     from qstar.defaults import finalize
     from qstar.generate import run_generation
