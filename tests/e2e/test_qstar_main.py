@@ -1,5 +1,6 @@
 """The q* command from config to files: generating, analysing, going on, shards, signals."""
 
+import functools
 import json
 import os
 import signal
@@ -20,22 +21,24 @@ from qstar.writer import Journal
 from tests.e2e import commands
 
 TINY = ("--config=configs/qstar.py:tiny", "--batch_size=2", "--config.run.burst=4")
+EXACT = ("--config.run.deterministic=True", "--config.run.save_tokens=True")
 Main = Callable[..., int]
+
+
+def call_main(patch: pytest.MonkeyPatch, *args: str) -> int:
+    """Parses arguments and calls the main function, as `python -m qstar.main` does."""
+    values = absl_flags.FlagValues()
+    flags.define_flags(qstar_main.DEFAULT_CONFIG, qstar_main.MODES, values)
+    patch.setattr(flags, "FLAGS", values)
+    patch.setattr(qstar_main, "keep_compiled", lambda: None)
+    flags.parse(rename_guide_flags(["qstar.main", *TINY, *args]), values)
+    return qstar_main.main([])
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Parses arguments and calls the main function, as `python -m qstar.main` does."""
-
-    def call(*args: str) -> int:
-        values = absl_flags.FlagValues()
-        flags.define_flags(qstar_main.DEFAULT_CONFIG, qstar_main.MODES, values)
-        monkeypatch.setattr(flags, "FLAGS", values)
-        monkeypatch.setattr(qstar_main, "keep_compiled", lambda: None)
-        flags.parse(rename_guide_flags(["qstar.main", *TINY, *args]), values)
-        return qstar_main.main([])
-
-    return call
+    """The command inside this process."""
+    return functools.partial(call_main, monkeypatch)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -61,19 +64,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished deterministic run of the tiny models; do not change it."""
     folder = tmp_path_factory.mktemp("qstar")
     with pytest.MonkeyPatch.context() as patch:
-        call = main.__wrapped__ if hasattr(main, "__wrapped__") else None
-        del call
-        values = absl_flags.FlagValues()
-        flags.define_flags(qstar_main.DEFAULT_CONFIG, qstar_main.MODES, values)
-        patch.setattr(flags, "FLAGS", values)
-        patch.setattr(qstar_main, "keep_compiled", lambda: None)
-        args = [*TINY, f"--output={folder}/out.jsonl", *EXACT]
-        flags.parse(rename_guide_flags(["qstar.main", *args]), values)
-        assert qstar_main.main([]) == 0
+        assert call_main(patch, f"--output={folder}/out.jsonl", *EXACT) == 0
     return folder
-
-
-EXACT = ("--config.run.deterministic=True", "--config.run.save_tokens=True")
 
 
 def test_files_analysis_and_resume(
