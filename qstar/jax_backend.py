@@ -13,7 +13,7 @@ from qstar.networks import DecoderNetwork
 from qstar.system import System
 
 MAX_SLOTS = 256
-MAX_SLOTS_CPU = 16  # two dozen rows keep the cores busy; more only wait
+MAX_SLOTS_CPU = 16  # enough rows to keep a few cores busy; each more only takes memory
 _SHARE = 0.8  # of the free memory that is used
 GIB = 2.0**30
 
