@@ -17,7 +17,7 @@ from common.rundir import read_jsonl
 from qstar import analyze
 from qstar import main as qstar_main
 from qstar.defaults import rename_guide_flags
-from qstar.writer import Journal
+from qstar.writer import Journal, all_data_files
 from tests.e2e import commands
 
 TINY = ("--config=configs/qstar.py:tiny", "--batch_size=2", "--config.run.burst=4")
@@ -44,6 +44,14 @@ def main(monkeypatch: pytest.MonkeyPatch) -> Main:
 def rows(path: Path) -> list[dict[str, Any]]:
     """Lines of a file by sample."""
     return sorted(read_jsonl(path), key=lambda row: (row["sample_idx"], row.get("repeat", 0)))
+
+
+def join_shards(folder: Path) -> None:
+    """Appends the samples and diagnostics of other shards to the plain files."""
+    for part in all_data_files(folder / "out.jsonl")[1:]:
+        for kind in (".jsonl", ".diagnostics.jsonl"):
+            with (folder / f"out{kind}").open("a") as file:
+                file.write(part.with_name(part.name.replace(".jsonl", kind)).read_text())
 
 
 def close(actual: Path, expected: Path) -> None:
@@ -128,9 +136,7 @@ def test_other_slots_and_shards_give_the_same_samples(
     # The run is extended, now in one shard and with more slots.
     assert main(output, *EXACT, "--batch_size=3") == 0
     assert [r["sample_idx"] for r in rows(tmp_path / "out.jsonl")] == [0, 2, 4, 5]
-    for name in ("out.jsonl", "out.diagnostics.jsonl"):
-        with (tmp_path / name).open("a") as file:
-            file.write((tmp_path / name.replace("out", "out.shard-1-of-2")).read_text())
+    join_shards(tmp_path)
     close(tmp_path, whole)
 
 
@@ -182,11 +188,5 @@ def test_killed_again_and_again(seed: int, main: Main, tmp_path: Path) -> None:
         left, right = (tmp_path / folder / name for folder in ("whole", "same"))
         assert left.read_bytes() == right.read_bytes(), name
     other = tmp_path / "other"
-    for name in ("out.jsonl", "out.diagnostics.jsonl"):
-        for part in other.glob(f"out.shard-*{name.removeprefix('out')}"):
-            if part.name.count(".jsonl") == 1 and ("diagnostics" in part.name) == (
-                "diagnostics" in name
-            ):
-                with (other / name).open("a") as file:
-                    file.write(part.read_text())
+    join_shards(other)
     close(other, tmp_path / "whole")
