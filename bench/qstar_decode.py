@@ -17,6 +17,7 @@ from jax import lax
 
 from bench import Row, TraceCounter, compare, rates, take_turns
 from bench import plain_torch_qstar as plain
+from bench.qstar_solvers import Clock
 from common.lm.config import DecoderConfig
 from common.lm.decoder import build_params, param_shapes, params_by_path
 from common.lm.weights import hf_rules
@@ -88,7 +89,7 @@ def prompts_of(cfg: DecoderConfig, slots: int) -> np.ndarray:
     return np.random.default_rng(2).integers(0, cfg.vocab_size, (slots, PROMPT)).astype(np.int32)
 
 
-def decode_rows(cfg: DecoderConfig, slots: int, repeats: int) -> list[Row]:
+def decode_rows(cfg: DecoderConfig, slots: int, repeats: int, clock: Clock) -> list[Row]:
     """Whole decode steps over bare forward passes."""
     params = models_of(cfg)
     network = DecoderNetwork(cfg)
@@ -134,7 +135,7 @@ def decode_rows(cfg: DecoderConfig, slots: int, repeats: int) -> list[Row]:
         "whole": lambda: steps(params, state).slots.columns,
         "read": lambda: [reading(params) for _ in range(TOKENS)],
     }
-    timings = take_turns(things, repeats, counter)
+    timings = take_turns(things, repeats, counter, clock=clock)
     what = f"[{slots} slots, V={cfg.vocab_size}]"
     return [
         compare(
@@ -176,7 +177,7 @@ def torch_model(cfg: DecoderConfig, params: Any) -> Any:
     return model.eval()
 
 
-def loop_rows(cfg: DecoderConfig, slots: int, repeats: int) -> list[Row]:
+def loop_rows(cfg: DecoderConfig, slots: int, repeats: int, clock: Clock) -> list[Row]:
     """The same generation by the engine and by the plain loop."""
     params, ids = models_of(cfg), prompts_of(cfg, slots)
     network = DecoderNetwork(cfg)
@@ -199,7 +200,7 @@ def loop_rows(cfg: DecoderConfig, slots: int, repeats: int) -> list[Row]:
         "plain": lambda: plain.generate(torch_models, ids, TOKENS, TEMPERATURE)[0],
         "engine": engine,
     }
-    timings = take_turns(things, max(repeats // 3, 1), counter)
+    timings = take_turns(things, max(repeats // 3, 1), counter, clock=clock)
     amount = slots * TOKENS
     name = f"loop tokens, engine / plain transformers loop [{slots} slots, V={cfg.vocab_size}]"
     return [rates(name, timings, ("plain", amount), ("engine", amount), 1.0)]

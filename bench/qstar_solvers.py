@@ -31,6 +31,7 @@ SOLVERS: tuple[tuple[str, AlphaSettings, float | None], ...] = (
     ("reverse KL", AlphaSettings("reverse_kl_symmetry"), None),
     ("fixed", AlphaSettings("fixed"), None),
 )
+Clock = Callable[[], float]
 # Standard deviation, rank exponent, correlation, noise, spikes of pi_t and pi_theta.
 FAMILIES = (
     (1.0, 1.5, 0.9, 0.5, 0.0, 0.0),
@@ -111,7 +112,9 @@ def _alpha(x: jax.Array, y: jax.Array, settings: AlphaSettings) -> jax.Array:
     return solve(x, y, settings)[0]
 
 
-def solve_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str, float]]:
+def solve_rows(
+    rows: int, width: int, repeats: int, clock: Clock
+) -> tuple[list[Row], dict[str, float]]:
     """Every method beside the floor."""
     theta, t = make_rows(rows, width)
     x, y = jnp.asarray(theta), jnp.asarray(t)
@@ -121,7 +124,7 @@ def solve_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str
     for name, settings, _ in SOLVERS:
         compiled = counter.jit(functools.partial(_alpha, settings=settings))
         things[name] = functools.partial(compiled, x, y)
-    timings = take_turns(things, repeats, counter)
+    timings = take_turns(things, repeats, counter, clock=clock)
     table = [
         compare(f"solve {name} [{rows}, {width}]", timings, name, "floor", bar)
         for name, _, bar in SOLVERS
@@ -130,7 +133,9 @@ def solve_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str
     return table, {f"solve KL [{rows}, {width}]": error}
 
 
-def original_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str, float]]:
+def original_rows(
+    rows: int, width: int, repeats: int, clock: Clock
+) -> tuple[list[Row], dict[str, float]]:
     """The original's way beside ours: work is ours, floor the original's."""
     theta, t = make_rows(rows, width)
     x, y = jnp.asarray(theta), jnp.asarray(t)
@@ -138,7 +143,7 @@ def original_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[
     ours = counter.jit(lambda x, y: solve(x, y, AlphaSettings())[0])
     clamped = counter.jit(clamped_halvings)
     things = {"ours": lambda: ours(x, y), "clamped": lambda: clamped(x, y)}
-    timings = take_turns(things, max(repeats // 3, 1), counter)
+    timings = take_turns(things, max(repeats // 3, 1), counter, clock=clock)
     name = f"original halvings / ours [{rows}, {width}]"
     row = Row(
         name,
@@ -157,7 +162,9 @@ def _mix(x: jax.Array, y: jax.Array, keys: jax.Array, method: str) -> MixedToken
     return mix_step(x, y, keys, AlphaSettings(), LawSettings(), 0.8, method=method)
 
 
-def step_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str, float]]:
+def step_rows(
+    rows: int, width: int, repeats: int, clock: Clock
+) -> tuple[list[Row], dict[str, float]]:
     """What follows the solution, and the whole step."""
     x, y = (jnp.asarray(z) for z in make_rows(rows, width))
     keys = jax.random.split(jax.random.key(0), rows)
@@ -178,6 +185,6 @@ def step_rows(rows: int, width: int, repeats: int) -> tuple[list[Row], dict[str,
         things[f"draw, {method}"] = functools.partial(drawn, keys, weights)
         whole = counter.jit(functools.partial(_mix, method=method))
         things[f"whole step, {method}"] = functools.partial(whole, x, y, keys)
-    timings = take_turns(things, repeats, counter)
+    timings = take_turns(things, repeats, counter, clock=clock)
     names = [name for name in things if name != "floor"]
     return [compare(f"step {name} [{rows}, {width}]", timings, name, "floor") for name in names], {}

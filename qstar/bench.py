@@ -4,6 +4,7 @@
     python -m qstar.bench --json results/qstar_speed.json
     python -m qstar.bench --only solve,step --sizes 8x32000,64x151936
     python -m qstar.bench --only decode,loop --model small --slots 4
+    XLA_FLAGS=--xla_cpu_multi_thread_eigen=false python -m qstar.bench --clock cpu   # busy machine
 
 Groups (`--only`):
   solve     alpha by every method over one logsumexp pass of both models' logits [B, V].
@@ -14,7 +15,9 @@ Groups (`--only`):
 
 Rows of `solve` and `step` also tell microseconds per call and bytes per second (both arrays once),
 as a share of what the logsumexp pass reaches. `alpha error` is the largest distance from a float64
-solution where the models differ by at least 0.1 nats. `later` = traces that the rounds added:
+solution where the models differ by at least 0.1 nats. `--clock cpu` counts processor time and gives
+PyTorch one thread: with the flag above for JAX, ratios on a busy machine are those of one free
+core. `later` = traces that the rounds added:
 0 = nothing was compiled again.
 """
 
@@ -26,22 +29,28 @@ from typing import Any
 
 from bench import Row, format_rows, machine
 from bench.qstar_decode import MODELS, decode_rows, loop_rows
-from bench.qstar_solvers import original_rows, solve_rows, step_rows
+from bench.qstar_solvers import Clock, original_rows, solve_rows, step_rows
 from common.rundir import atomic_write_json
 
 Found = tuple[list[Row], dict[str, float]]
-BY_SIZE: dict[str, Callable[[int, int, int], Found]] = {
+BY_SIZE: dict[str, Callable[[int, int, int, Clock], Found]] = {
     "solve": solve_rows,
     "original": original_rows,
     "step": step_rows,
 }
 BY_MODEL = {"decode": decode_rows, "loop": loop_rows}
 GROUPS = (*BY_SIZE, *BY_MODEL)
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZES = ((8, 50257), (8, 151936), (64, 50257))
 
 
 def run(
-    groups: list[str], sizes: list[tuple[int, int]], model: str, slots: int, repeats: int
+    groups: list[str],
+    sizes: list[tuple[int, int]],
+    model: str,
+    slots: int,
+    repeats: int,
+    clock: str,
 ) -> dict[str, Any]:
     """Measures, prints the table and returns everything for the JSON file."""
     before, start = machine(), time.perf_counter()
@@ -49,7 +58,7 @@ def run(
     errors: dict[str, float] = {}
     traffic: dict[str, dict[str, float]] = {}
     for group in groups:
-        for table, found, size in measure(group, sizes, model, slots, repeats):
+        for table, found, size in measure(group, sizes, model, slots, repeats, CLOCKS[clock]):
             rows += table
             errors |= found
             for row in table:
@@ -67,6 +76,7 @@ def run(
         "sizes": sizes,
         "model": model,
         "slots": slots,
+        "clock": clock,
         "alpha_error": errors,
         "throughput": traffic,
         "rows": [row.as_dict() for row in rows],
@@ -74,12 +84,12 @@ def run(
 
 
 def measure(
-    group: str, sizes: list[tuple[int, int]], model: str, slots: int, repeats: int
+    group: str, sizes: list[tuple[int, int]], model: str, slots: int, repeats: int, clock: Clock
 ) -> list[tuple[list[Row], dict[str, float], tuple[int, int] | None]]:
     """Rows and alpha errors of a group, and the size they belong to."""
     if group in BY_MODEL:
-        return [(BY_MODEL[group](MODELS[model], slots, repeats), {}, None)]
-    return [(*BY_SIZE[group](*size, repeats), size) for size in sizes]
+        return [(BY_MODEL[group](MODELS[model], slots, repeats, clock), {}, None)]
+    return [(*BY_SIZE[group](*size, repeats, clock), size) for size in sizes]
 
 
 def throughput(row: Row, rows: int, width: int) -> dict[str, float]:
@@ -119,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sizes", default=default, help="rows x columns, separated by commas")
     parser.add_argument("--model", default="smollm2", help=f"sizes: {', '.join(MODELS)}")
     parser.add_argument("--slots", type=int, default=8, help="of the groups decode and loop")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="what is counted")
     given = parser.parse_args(arguments)
     groups = given.only.split(",")
     if set(groups) - set(GROUPS) or given.repeats < 1 or given.slots < 1:
@@ -129,7 +140,11 @@ def main(arguments: list[str] | None = None) -> None:
         sizes = parse_sizes(given.sizes)
     except ValueError:
         parser.error("--sizes takes pairs such as 8x50257,64x50257")
-    result = run(groups, sizes, given.model, given.slots, given.repeats)
+    if given.clock == "cpu" and set(groups) & set(BY_MODEL):
+        import torch
+
+        torch.set_num_threads(1)
+    result = run(groups, sizes, given.model, given.slots, given.repeats, given.clock)
     if given.json:
         atomic_write_json(given.json, result)
 
