@@ -135,12 +135,20 @@ class Checkpointer:
             self._manager.wait_until_finished()
             on_main(lambda: self._summarise(step, metric))
         except OSError as error:
-            raise UserError(
-                f"cannot write checkpoint {step} to {self.directory} ({error.strerror or error}); "
-                "earlier steps are intact"
-            ) from error
+            raise self._unwritable(step, error.strerror or str(error)) from error
+        except Exception as error:
+            # Orbax's storage library reports a full disk under another type.
+            if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+                raise
+            raise self._unwritable(step, "No space left on device") from error
         self._last_saved = step
         self._prune()
+
+    def _unwritable(self, step: int, reason: str) -> UserError:
+        return UserError(
+            f"cannot write checkpoint {step} to {self.directory} ({reason}); earlier steps are "
+            "intact: make room and run the same command again"
+        )
 
     def _summarise(self, step: int, metric: float | None) -> None:
         directory = self.directory / str(step)

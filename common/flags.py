@@ -5,6 +5,7 @@ file is loaded once, by `parse`; `--config.section.key=value` then overrides its
 """
 
 import difflib
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -31,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 3
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _OVERRIDE = re.compile(r"^--?(?:no)?config\.([^=]+)(?:=|$)")
 _CONFIG_FLAG = re.compile(r"^--?config(?:=(.*))?$", re.DOTALL)
@@ -99,6 +101,15 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
         status = work() or 0
     except UserError as error:
         status = _complain(f"error: {one_line(str(error))}", EXIT_USER_ERROR)
+    except OSError as error:
+        # Wherever it shows: a disk that is full or may not be written is the user's to mend.
+        if error.errno not in _DISK:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        status = _complain(
+            f"error: {error.strerror}{where}: make room and run the same command again",
+            EXIT_USER_ERROR,
+        )
     except (Interrupted, KeyboardInterrupt) as error:
         detail = one_line(str(error)) or "stopped by the user; the same --workdir resumes"
         status = _complain(f"interrupted: {detail}", EXIT_INTERRUPTED)

@@ -1,10 +1,11 @@
 """Scalars of a run: `metrics.jsonl` and TensorBoard with the same tags, timing, memory."""
 
 import contextlib
+import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,26 @@ class MetricWriter:
         self._tensorboard = enabled and tensorboard
         self._events: Any = None
         self._purge_from: int | None = None
+        self._recent: list[dict[str, Any]] = []
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, saved: Sequence[Mapping[str, Any]] = ()) -> None:
         """Drops the rows of later steps, so that a resumed run has one row per step.
 
         Args:
             step: the step the run resumes from; -1 drops everything.
+            saved: rows that a checkpoint of that step holds (`take_recent`); those that a crash of
+                the machine tore off the file are put back.
         """
         if not self._enabled:
             return
         self._purge_from = step + 1
-        if not self._path.exists():
+        if not self._path.exists() and not saved:
             return
-        rows = read_jsonl(self._path)
+        rows = read_jsonl(self._path) if self._path.exists() else []
         kept = [row for row in rows if row.get(STEP_KEY, step + 1) <= step]
+        known = {row[STEP_KEY] for row in kept}
+        kept += [dict(row) for row in saved if row[STEP_KEY] not in known]
+        kept.sort(key=lambda row: row[STEP_KEY])
         atomic_write(self._path, "".join(json_text(row) + "\n" for row in kept))
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -62,9 +69,16 @@ class MetricWriter:
         if not self._enabled:
             return
         values = {tag: _number(value) for tag, value in scalars.items()}
-        append_jsonl(self._path, {STEP_KEY: int(step), **values})
+        row = {STEP_KEY: int(step), **values}
+        append_jsonl(self._path, row)
+        self._recent.append(json.loads(json_text(row)))
         if self._tensorboard:
             self._write_events(int(step), values)
+
+    def take_recent(self) -> list[dict[str, Any]]:
+        """The rows written since the last call, as JSON values; they belong into a checkpoint."""
+        recent, self._recent = self._recent, []
+        return recent
 
     def flush(self) -> None:
         """Pushes queued TensorBoard events to disk."""

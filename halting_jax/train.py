@@ -181,6 +181,7 @@ def train(
         MetricWriter(run.path, dist.is_main(), config.logging.tensorboard) as writer,
     ):
         step, spent = 0, 0.0
+        rows: list[dict[str, Any]] = []
         resumable = checkpoints if checkpoints.latest_step() is not None else None
         if config.train.resume not in ("auto", "none") and resumable is None:
             resumable = Checkpointer(
@@ -191,11 +192,12 @@ def train(
         if config.train.resume != "none" and resumable is not None:
             state, host = resumable.restore(state)
             step, spent = host["step"], host["seconds"]
+            rows = host.get("rows", [])
             log.info("resuming at step %d", step)
         on_start()
         if dist.is_main():
             atomic_write_json(run.path / "model.json", facts)
-        writer.truncate_after(step)
+        writer.truncate_after(step, rows if resumable is checkpoints else ())
 
         def interrupted() -> bool:
             limit = config.train.max_walltime_s
@@ -211,7 +213,12 @@ def train(
 
         def save(metric: float | None = None) -> None:
             seconds = spent + time.monotonic() - begun
-            host = {"step": step, "position": step * batch_size, "seconds": seconds}
+            host = {
+                "step": step,
+                "position": step * batch_size,
+                "seconds": seconds,
+                "rows": writer.take_recent(),
+            }
             checkpoints.save(step, state, host, metric=metric)
 
         def evaluate_now(

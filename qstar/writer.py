@@ -99,6 +99,9 @@ class Journal:
                     self.paths[name].unlink(missing_ok=True)
             repair_jsonl(self.paths["data"])
             for name in BESIDE:
+                if self.paths[name].exists() and repair_jsonl(self.paths[name]):
+                    self._drop_samples_behind(name)
+            for name in BESIDE:
                 self._drop_orphans(name)
             self.done = done_samples(output)
             # Errors are tried again, so those of the last run are void.
@@ -107,6 +110,19 @@ class Journal:
             os.close(self._lock)
             raise
         self._last_sync = time.monotonic()
+
+    def _drop_samples_behind(self, name: str) -> None:
+        """Takes back the last samples whose line beside them a crash of the machine tore off.
+
+        The disk may keep a data line and lose the one that was written before it.
+        """
+        data = self.paths["data"]
+        rows = read_jsonl(data) if data.exists() else []
+        beside = {row_key(row) for row in read_jsonl(self.paths[name])}
+        held = [index for index, row in enumerate(rows) if row_key(row) in beside]
+        kept = rows[: held[-1] + 1] if held else []
+        if len(kept) != len(rows):
+            atomic_write(data, "".join(json_text(row) + "\n" for row in kept))
 
     def _drop_orphans(self, name: str) -> None:
         """Rewrites the diagnostics or tokens without the lines that have no sample."""

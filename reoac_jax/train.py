@@ -246,6 +246,7 @@ def train(
             return numbers
 
         iteration, position = 0, 0
+        rows_saved: list[dict[str, Any]] = []
         buffer = replay.ReplayBuffer(config.buffer_size)
         example = None if plus else _example(config, models, rollout_settings, held_out)
         if config.checkpoint.resume and checkpoints.latest_step() is not None:
@@ -255,13 +256,14 @@ def train(
             saved, host = checkpoints.restore(target)
             state = restored(saved["learner"], state, settings, models)
             iteration, position = host["iteration"], host["position"]
+            rows_saved = host.get("rows", [])
             if example is not None:
                 buffer = replay.from_state(dist.gather(saved["buffer"]))
             log.info("resuming at iteration %d", iteration)
         on_start()
         if dist.is_main():
             atomic_write_json(run.path / "backbone.json", facts)
-        writer.truncate_after(iteration)
+        writer.truncate_after(iteration, rows_saved)
         before = None
         if iteration == 0:
             before = evaluate_now("evaluate untrained", "iteration 0")
@@ -360,7 +362,11 @@ def train(
                     checkpoints.save(
                         iteration,
                         tree,
-                        {"iteration": iteration, "position": position},
+                        {
+                            "iteration": iteration,
+                            "position": position,
+                            "rows": writer.take_recent(),
+                        },
                         metric=row["return"],
                     )
                     stop.check(f"iteration {iteration}")

@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tests.campaign.faults import FAULTS
 from tests.campaign.mains import mains
 from tests.campaign.trials import Campaign
 
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, help="directory for the runs; default: a temporary one"
     )
+    parser.add_argument("--faults", default=",".join(FAULTS), help="separated by commas")
     given = parser.parse_args()
     chosen = mains()
     for name in filter(None, given.mains.split(",")):
@@ -33,7 +35,10 @@ def main() -> int:
             parser.error(f"no main {name}; there are {', '.join(chosen)}")
     if given.mains:
         chosen = {name: chosen[name] for name in given.mains.split(",")}
-    campaign = Campaign(chosen, given.seed, given.keep)
+    wanted = given.faults.split(",")
+    if unknown := [fault for fault in wanted if fault not in FAULTS]:
+        parser.error(f"no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
+    campaign = Campaign(chosen, given.seed, given.keep, wanted)
     campaign.run(given.minutes * 60)
     print(campaign.table())
     return 0 if campaign.lost == 0 else 1

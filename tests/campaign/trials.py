@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,24 @@ MOST_RUNS = 8  # of one command until it must be done
 class Campaign:
     """Random trials over some mains, with counts per main and fault."""
 
-    def __init__(self, mains: Mapping[str, Main], seed: int, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        mains: Mapping[str, Main],
+        seed: int,
+        directory: Path | None = None,
+        kinds: Sequence[str] = faults.FAULTS,
+    ) -> None:
         """Nothing runs yet.
 
         Args:
             mains: what is driven.
             seed: decides main, fault and moment of every trial.
             directory: kept afterwards; None takes a temporary one.
+            kinds: the faults that are tried.
         """
         self.mains = mains
         self.seed = seed
+        self.kinds = list(kinds)
         self.counts: dict[tuple[str, str], collections.Counter[str]] = {}
         self.problems: list[str] = []
         self._closing = contextlib.ExitStack()
@@ -60,12 +68,16 @@ class Campaign:
                 rng = random.Random(f"{self.seed}-{number}")
                 names = list(self.mains)
                 name = names[number % len(names)]
-                fault = faults.FAULTS[(number // len(names) + number) % len(faults.FAULTS)]
+                fault = self._fault_of(number, len(names))
                 begun = time.monotonic()
                 self._trial(name, fault, rng, self.directory / f"trial{number}")
                 word = f"{time.monotonic() - begun:.0f} s"
                 print(f"trial {number}: {name}, {fault} ({word})", file=sys.stderr, flush=True)
                 number += 1
+
+    def _fault_of(self, number: int, num_mains: int) -> str:
+        """Another fault for each main in every round, so that all pairs come in turn."""
+        return self.kinds[(number // num_mains + number % num_mains) % len(self.kinds)]
 
     def table(self) -> str:
         """Counts per main and fault, and what went wrong."""

@@ -243,3 +243,18 @@ def test_empty_arrays_come_back_empty(tmp_path: Path) -> None:
         restored, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
     assert restored["nothing"].shape == (3, 0) and restored["nothing"].dtype == jnp.int32
     np.testing.assert_array_equal(restored["rows"], state["rows"])
+
+
+def test_a_full_disk_under_the_storage_librarys_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"x": jnp.ones(3)}, {})
+
+        def full(*args: Any, **kwargs: Any) -> None:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing local file: No space left")
+
+        monkeypatch.setattr(checkpointer._manager, "save", full)
+        with pytest.raises(UserError, match="checkpoint 2 .*No space left.*same command again"):
+            checkpointer.save(2, {"x": jnp.ones(3)}, {})
+        assert checkpointer.all_steps() == [1]

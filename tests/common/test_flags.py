@@ -295,3 +295,30 @@ def test_dump_without_flags(project: Path, tmp_path: Path) -> None:
     document = json.loads((tmp_path / "c.json").read_text())
     assert document["config"]["seed"] == 0
     assert (document["file"], document["overrides"]) == ("", {})
+
+
+def test_a_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fill() -> int:
+        raise OSError(28, "No space left on device", "here/file")
+
+    with pytest.raises(SystemExit) as left:
+        flags.guard(fill)
+    assert left.value.code == flags.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: No space left on device at here/file") and error.count("\n") == 1
+    )
+
+    def denied() -> int:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(PermissionError):
+        flags.guard(denied)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_must_be_finite(value: str) -> None:
+    values = absl_flags.FlagValues()
+    flags.define_flags("configs/halting_parity.py:tiny", ("train",), values)
+    with pytest.raises(UserError, match="optim.lr.*finite"):
+        flags.parse(["main", f"--config.optim.lr={value}"], values)

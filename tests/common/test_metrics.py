@@ -90,3 +90,24 @@ def test_peak_memory_is_plausible() -> None:
     memory = peak_memory()
     assert 0.01 < memory["memory/host_peak"] < 10_000
     assert memory.get("memory/device_peak", 1.0) == pytest.approx(1.0, abs=1000)
+
+
+def test_rows_that_a_crash_tore_off_come_back_from_the_checkpoint(tmp_path: Path) -> None:
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"loss": 2.0})
+        assert writer.take_recent() == [{"iteration": 1, "loss": 2.0}]
+        writer.write(2, {"loss": float("nan")})
+        writer.write(3, {"loss": 0.5})
+        saved = writer.take_recent()
+        writer.write(4, {"loss": 0.25})
+    path = tmp_path / "metrics.jsonl"
+    whole = read_jsonl(path)[:3]
+    # The checkpoint of step 3 is there; of the file only the first row and a part are.
+    path.write_bytes(path.read_bytes()[:40])
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.truncate_after(3, saved)
+    assert read_jsonl(path) == whole
+    path.unlink()
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        writer.truncate_after(3, saved)
+    assert read_jsonl(path) == whole[1:]

@@ -136,3 +136,16 @@ def test_host_names_and_ports() -> None:
     assert first_host("alone") == "alone"
     ports = {port_of(job, step) for job in range(1, 60) for step in (0, 1)}
     assert len(ports) == 118 and min(ports) >= 20000 and max(ports) < 30000
+
+
+def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    from absl import flags as absl_flags
+
+    from common import flags
+
+    for name in EXPLICIT:
+        monkeypatch.setenv(name, "")
+    values = absl_flags.FlagValues()
+    flags.define_flags("configs/halting_parity.py:tiny", ("train",), values)
+    flags.parse(["main", "--coordinator=h:1", "--num_processes=2", "--process_id=1"], values)
+    assert decide() == Start("explicit", 2, 1, "h:1")

@@ -77,6 +77,18 @@ def test_diagnostics_without_their_sample_are_dropped(tmp_path: Path) -> None:
     assert [(r["sample_idx"], r["alpha_mean"]) for r in found] == [(0, None), (5, None)]
 
 
+def test_a_sample_whose_diagnostics_were_torn_is_generated_again(tmp_path: Path) -> None:
+    # The machine died: the disk kept the data line, not the line that was written before it.
+    output, beside = tmp_path / "out.jsonl", tmp_path / "out.diagnostics.jsonl"
+    fill(output, [4, 0, 2])
+    whole = output.read_bytes(), beside.read_bytes()
+    beside.write_bytes(whole[1][:-5])
+    with Journal(output) as journal:
+        assert journal.done == {(4, 0), (0, 0)}
+    fill(output, [4, 0, 2])
+    assert (output.read_bytes(), beside.read_bytes()) == whole
+
+
 def test_errors_are_tried_again(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with Journal(output) as journal:
