@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "q*, fixed 0.5": {"method": "fixed", "fixed": 0.5},
 }
 NEW_TOKENS, SLOTS, SHOTS = 48, 16, 1
+MOST = 256  # questions of a set; asking more of them later extends the same runs
 HINT = "{prompt}\nHint: {hint}"
 
 
@@ -184,7 +185,7 @@ def run(sets: list[str], data: Path | None, work: Path, count: int, target: str)
     results: dict[str, dict[str, Any]] = {}
     for name in sets:
         rows = work / f"{name}.jsonl"
-        write_rows(rows, questions(name, data, count))
+        write_rows(rows, questions(name, data, MOST))
         for method, alpha in METHODS.items():
             output = work / name / f"{file_name(method)}.jsonl"
             log.info("%s, %s", name, method)
@@ -227,8 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sets", default="", help=f"of {', '.join(SETS)}; commas between")
     given = parser.parse_args(arguments)
     sets = given.sets.split(",") if given.sets else list(SETS if given.data else SETS[:1])
-    if set(sets) - set(SETS) or given.questions < 1:
-        parser.error(f"--sets takes {', '.join(SETS)}; --questions at least 1")
+    if set(sets) - set(SETS) or not 1 <= given.questions <= MOST:
+        parser.error(f"--sets takes {', '.join(SETS)}; --questions 1 to {MOST}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     keep_compiled()
     try:
