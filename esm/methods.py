@@ -99,11 +99,10 @@ def run_policy(
     examples = results.missing
     if not examples:
         return
-    prompts = [session.prompt(example) for example in examples]
-    limits = stream_limits(config, prompts, max_tokens)
+    prompts = {example.id: session.prompt(example) for example in results.examples}
+    limits = stream_limits(config, list(prompts.values()), max_tokens)
     questions = [
-        Question(i, row_of(example), prompt)
-        for i, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
+        Question(i, row_of(example), prompts[example.id]) for i, example in enumerate(examples)
     ]
     with _Pipe(config, results, monitor, name) as pipe:
 
@@ -120,6 +119,12 @@ def run_policy(
 
 def stream_limits(config: ConfigDict, prompts: Sequence[Sequence[int]], max_tokens: int) -> Limits:
     """Sizes of a stream for some prompts.
+
+    Args:
+        config: sections online, jax, model, control_points.
+        prompts: of all questions, answered ones included, so that the sizes, and with them the last
+            bits of what is computed, are the same when a run is resumed.
+        max_tokens: T.
 
     Raises:
         UserError: a prompt with its answer exceeds model.max_model_len.

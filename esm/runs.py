@@ -112,8 +112,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """No second process writes here."""
+        """No second process writes here; what a killed one left half written is removed."""
         with RunDir(self.path).lock():
+            for path in self.path.rglob(".*.tmp"):
+                path.unlink(missing_ok=True)
             yield
 
 

@@ -320,4 +320,27 @@ def test_a_killed_process_goes_on(root: Path, tmp_path: Path) -> None:
         process.communicate(timeout=120)
     done = commands.run(*args, module="esm.main")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert _contents(tmp_path) == _contents(root)
+    left, right = _contents(tmp_path), _contents(root)
+    assert left.keys() == right.keys()
+    for name in left:
+        if name.endswith("per_example.jsonl"):
+            # Prompts read in other groups differ in the last bits of what is logged, no more.
+            pairs = zip(left[name].splitlines(), right[name].splitlines(), strict=True)
+            for one, other in pairs:
+                _assert_close(json.loads(one), json.loads(other), name)
+        else:
+            assert left[name] == right[name], name
+
+
+def _assert_close(one: Any, other: Any, where: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            _assert_close(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        for place, (a, b) in enumerate(zip(one, other, strict=True)):
+            _assert_close(a, b, f"{where}[{place}]")
+    elif isinstance(one, float):
+        assert abs(one - other) < 1e-5, where
+    else:
+        assert one == other, where
