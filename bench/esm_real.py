@@ -64,6 +64,7 @@ def make_config(setting: Setting, data_root: str, count: int) -> ConfigDict:
     """The config of a data set with `count` evaluated questions."""
     c = flags.load_config(CONFIG)
     c.outputs.run_name = f"esm_real_{setting.dataset}"
+    c.model.dtype = "float32"
     c.outputs.tensorboard = False
     c.task.dataset = setting.dataset
     c.task.data_root = data_root

@@ -43,7 +43,7 @@ def _demo(c: ConfigDict) -> None:
     c.task.max_train_examples = 48
     c.task.max_dev_examples = 24
     c.task.max_eval_examples = 64
-    c.prompt.template = "problems_3shot"
+    c.prompt.template = "problems_1shot"
     c.decode.max_new_tokens = 64
     c.control_points.M = 4
     c.offline_mine.K = 8
