@@ -19,6 +19,7 @@ from tests.slurm.cluster import Cluster, private_cluster, why_not
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.slurm,
     pytest.mark.timeout(2400),
     pytest.mark.skipif(bool(why_not()), reason=why_not() or "possible"),
 ]
