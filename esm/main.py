@@ -19,6 +19,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from common import flags, log
+from common.errors import UserError
 
 STAGES = (
     "all",
@@ -35,6 +36,7 @@ STAGES = (
     "postprocess",
 )
 DEFAULT_CONFIG = "configs/esm_gsm8k_small.py"
+OTHER_FLAGS = ("checkpoint", "output", "run_dir", "sample")  # of the other mains
 
 
 def define_own_flags(flag_values: absl_flags.FlagValues = flags.FLAGS) -> None:
@@ -81,6 +83,11 @@ def main(argv: list[str]) -> int:
     given = flags.FLAGS
     log.quiet_libraries()
     config: ConfigDict = given.config
+    for name in OTHER_FLAGS:
+        if getattr(given, name):
+            raise UserError(f"--{name} has no meaning here; --run_id or --workdir names a run")
+    if given.limit:
+        config.task.max_eval_examples = given.limit
     if given.run_id:
         config.outputs.run_id = given.run_id
     if given.max_new_tokens:

@@ -212,6 +212,7 @@ REFUSED = {
     "unknown template": (["--config.prompt.template=poem"], ["prompt.template", "gsm8k_0shot"]),
     "unknown data set": (["--config.task.dataset=gsm9k"], ["task.dataset", "gsm8k"]),
     "unknown key": (["--config.online.k_scal=1.0"], ["online.k_scale"]),
+    "a flag of another command": (["--checkpoint=here"], ["--checkpoint", "--run_id"]),
     "unknown variant": (["--config.online.variant=best"], ["online.variant", "no_probing"]),
     "unknown ablation": (["--config.eval.ablations=('none',)"], ["eval.ablations", "no_dpp"]),
     "unknown model": (
