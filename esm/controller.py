@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.engines.base import NO_TOOL, Decoding, Engine, Rollout, StreamSettings, Work
+from common.engines.base import Decoding, Engine, Rollout, StreamSettings, Work
 from esm.policies import NULL, Policy
 
 
@@ -238,11 +238,3 @@ def _answer(slot: _Slot, work: Work, limits: Limits) -> Answer:
         work=work,
         truncated=slot.finish != "eos" and len(slot.token_ids) >= limits.max_tokens,
     )
-
-
-def used_tools(steps: list[dict[str, Any]]) -> int:
-    """How many steps of a log were steered."""
-    return sum(step["chosen"] != NULL for step in steps)
-
-
-__all__ = ["NO_TOOL", "Answer", "Limits", "Question", "answer_questions", "used_tools"]
