@@ -30,11 +30,13 @@ def load_torch_model(path: str | Path, dtype: str, device: str = "") -> Any:
     try:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError as error:
         raise UserError(
             f"backend=transformers needs torch and transformers ({error}): install them or use "
             "backend=jax"
         ) from error
+    logging.disable_progress_bar()  # ours is the one the user sees
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
