@@ -97,7 +97,7 @@ def plain_branch(row: int, step: int, operator: int, depth: int) -> tuple[float,
     return value, inside[-1]["after"]
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_trials_that_are_cut_off_end_in_the_critic(depth: int) -> None:
     branches: Any = roll(dataclasses.replace(PLAIN, tried_steps=STEPS, tried_depth=depth)).branches
     value = branches.estimate - PLAIN.price * branches.cost
@@ -113,7 +113,7 @@ def test_trials_that_are_cut_off_end_in_the_critic(depth: int) -> None:
     assert checked > len(ROWS)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("depth", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_branching_takes_over_the_most_valued_branch(depth: int) -> None:
     specs = list(PLAIN.operators.specs)
     specs[BRANCH] = specs[BRANCH]._replace(branch_depth=depth)

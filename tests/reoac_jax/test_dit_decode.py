@@ -132,7 +132,10 @@ def test_uncached_decoding_is_the_plain_loop(network, rule):
         assert passes < GEN
 
 
-@pytest.mark.parametrize("cache", ["none", "dual", pytest.param("prefix", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cache",
+    ["dual", *(pytest.param(c, marks=pytest.mark.slow) for c in ("none", "prefix"))],
+)
 def test_threshold_one_writes_one_token_per_step(network, cache):
     done = decode(network, cache=cache, threshold=1.0)
     assert done.steps.tolist() == [4, 4]
@@ -143,7 +146,7 @@ def test_threshold_one_writes_one_token_per_step(network, cache):
     np.testing.assert_array_equal(done.gen_ids, decode(network, cache=cache).gen_ids)
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cache", [pytest.param("prefix", marks=pytest.mark.slow), "dual"])
 def test_caches_are_exact_where_blocks_take_one_step(network, cache):
     cases = [{"threshold": 0.0}, {"block_size": 1}]
     # Every block of the prefix cache is compiled on its own: only the short case.
@@ -153,7 +156,7 @@ def test_caches_are_exact_where_blocks_take_one_step(network, cache):
         assert cached.cached_passes == 0 and cached.full_passes == plain.full_passes
 
 
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("cache", ["prefix", pytest.param("dual", marks=pytest.mark.slow)])
 def test_cached_passes_are_exact_while_nothing_outside_changed(network, cache):
     """A cached pass over unchanged tokens gives the full pass's states."""
     cfg, params = network

@@ -133,7 +133,14 @@ def plain_generate(name, prompt, align):
     return done[len(prompt) : len(prompt) + NEW], steps
 
 
-CACHE_CASES = [(name, True) for name in VARIANTS] + [("last_hidden", False), ("shared_tied", False)]
+CACHE_CASES = [
+    pytest.param(name, align, marks=[] if quick else pytest.mark.slow)
+    for name, align, quick in [
+        *((name, True, name in ("last_hidden", "shared_tied")) for name in VARIANTS),
+        ("last_hidden", False, False),
+        ("shared_tied", False, True),
+    ]
+]
 
 
 @pytest.mark.parametrize(("name", "align"), CACHE_CASES)
