@@ -27,7 +27,10 @@ DEFAULT_SLOTS = 8
 
 
 def share_gpu() -> None:
-    """Keeps JAX from reserving the GPU's memory, which PyTorch needs; before JAX touches it."""
+    """Keeps JAX from reserving the GPU's memory, which PyTorch needs.
+
+    Works until JAX first looks for devices: `qstar.system.check_backend` calls it before that.
+    """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -45,7 +48,6 @@ def open_transformers(
         UserError: A model cannot be loaded.
     """
     del prompt_tokens
-    share_gpu()
     sources = [system.sources[role] for role in system.roles]
     if system.shared:
         sources = sources[:1]

@@ -400,6 +400,9 @@ def check_backend(config: ConfigDict) -> None:
                 f"backend=transformers needs torch and transformers ({error}); "
                 "install them or use backend=jax"
             ) from None
+        from qstar.backend_transformers import share_gpu
+
+        share_gpu()
 
 
 def tell(system: System) -> None:
