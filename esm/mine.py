@@ -49,6 +49,7 @@ from esm.pairs import (
 )
 from esm.prompts import delimiter_share
 from esm.runs import Run
+from esm.segments import end_offsets
 from esm.session import Session, Sessions
 
 STATES_BATCH = 16
@@ -249,7 +250,7 @@ def _write_references(
     delimiter = config.control_points.segment_delimiter
     for example in examples:
         text = str(example.answer)
-        if (example.id, GOLD) in done or delimiter not in text:
+        if (example.id, GOLD) in done or not end_offsets(text, delimiter):
             continue
         ids = session.encode(text)
         verdict = grade(example, text, "stop", config.prompt.template, config.eval.grader)
@@ -296,12 +297,14 @@ def _finish_rollouts(
     right = collections.Counter(row["example_id"] for row in sampled if row["correct"])
     mixed = sum(0 < right[example.id] < config.offline_mine.K for example in examples)
     accuracy = float(np.mean([row["correct"] for row in sampled]))
+    ends = session.delimiter
     summary = {
         "questions": len(examples),
         "rollouts": len(sampled),
         "accuracy": accuracy,
         "mixed_questions": mixed,
         "delimiter_share": share.share,
+        "segments_mean": float(np.mean([len(end_offsets(r["text"], ends)) for r in sampled])),
         "gen_tokens_mean": float(np.mean([row["gen_tokens"] for row in sampled])),
         "template": config.prompt.template,
     }
