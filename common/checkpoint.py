@@ -121,6 +121,9 @@ class Checkpointer:
             "settings": self._settings,
             "leaves": _describe(state),
         }
+        # What goes wrong is raised; Orbax would print it with a traceback as well.
+        verbosity = absl_logging.get_verbosity()
+        absl_logging.set_verbosity(absl_logging.FATAL)
         try:
             if step in self.all_steps():
                 self._manager.delete(step)
@@ -141,6 +144,8 @@ class Checkpointer:
             if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
                 raise
             raise self._unwritable(step, "No space left on device") from error
+        finally:
+            absl_logging.set_verbosity(verbosity)
         self._last_saved = step
         self._prune()
 
