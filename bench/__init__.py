@@ -96,6 +96,32 @@ def take_turns(
     return Timings(seconds, compile_seconds, (warm, counter.count - warm))
 
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """`take_turns` with the rounds and the clock of a command.
+
+    Attributes:
+      repeats: rounds.
+      clock: of CLOCKS.
+    """
+
+    repeats: int
+    clock: str = "wall"
+
+    def __call__(
+        self, things: Mapping[str, Callable[[], Any]], counter: TraceCounter | None = None
+    ) -> Timings:
+        """See `take_turns`."""
+        return take_turns(things, self.repeats, counter, clock=CLOCKS[self.clock])
+
+    def at_most(self, repeats: int) -> "Turns":
+        """The same with no more rounds than this."""
+        return dataclasses.replace(self, repeats=min(self.repeats, repeats))
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the table.

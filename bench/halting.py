@@ -2,6 +2,7 @@
 
     python -m bench.halting --json results/halting_speed.json
     python -m bench.halting --only loop,torch
+    python -m bench.halting --clock cpu      # processor time: steadier on a machine with other work
 
 Groups (`--only`) and what stands in the column `floor`:
   loop        loss, gradient and optimiser on one fixed batch, as many steps in one compiled loop.
@@ -33,7 +34,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench import Row, format_rows, machine
+from bench import CLOCKS, Row, Turns, format_rows, machine
 from bench.halting_blocks import block_rows
 from bench.halting_compile import compile_rows
 from bench.halting_evaluation import evaluation_rows
@@ -42,7 +43,7 @@ from bench.halting_scenes import Sizes
 from common import log
 from common.rundir import atomic_write_json
 
-MEASURES: dict[str, Callable[[Sizes, int], list[Row]]] = {
+MEASURES: dict[str, Callable[[Sizes, Turns], list[Row]]] = {
     "loop": loop_rows,
     "torch": torch_rows,
     "ut": block_rows,
@@ -52,26 +53,29 @@ MEASURES: dict[str, Callable[[Sizes, int], list[Row]]] = {
 GROUPS = tuple(MEASURES)
 
 
-def run(groups: list[str], sizes: Sizes, repeats: int) -> dict[str, Any]:
+def run(groups: list[str], sizes: Sizes, repeats: int, clock: str) -> dict[str, Any]:
     """Measure, print the table and return everything for the JSON file.
 
     Args:
       groups: of GROUPS.
       sizes: of everything measured.
       repeats: rounds per comparison.
+      clock: of CLOCKS.
     """
     from bench.plain_torch_halting import threads
 
+    turns = Turns(repeats, clock)
     rows, measured = [], {}
     for group in groups:
         before, start = machine(), time.perf_counter()
-        for row in MEASURES[group](sizes, repeats):
+        for row in MEASURES[group](sizes, turns):
             rows.append(row)
             print(f"{row.name}: {row.ratio:.2f} {row.met}", file=sys.stderr, flush=True)
         measured[group] = {
             "load_average": [before["load_average"], machine()["load_average"]],
             "seconds": round(time.perf_counter() - start, 1),
             "repeats": repeats,
+            "clock": clock,
         }
     print(format_rows(rows))
     return {
@@ -103,6 +107,7 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
         "--json", default="", help="also write to this file; groups not measured stay"
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds per comparison")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="what is counted")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
     given = parser.parse_args(arguments)
     groups = given.only.split(",")
@@ -110,7 +115,7 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
     if unknown or given.repeats < 1:
         parser.error(f"--only takes {', '.join(GROUPS)}; --repeats at least 1")
     log.quiet_libraries()
-    result = run(groups, sizes or Sizes(), given.repeats)
+    result = run(groups, sizes or Sizes(), given.repeats, given.clock)
     if given.json:
         if os.path.exists(given.json):
             with open(given.json) as file:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from bench import Row, Timings, TraceCounter, compare, take_turns
+from bench import Row, Timings, TraceCounter, Turns, compare
 from bench.halting_scenes import (
     MAZE_TOKENS,
     Blocks,
@@ -82,13 +82,13 @@ def plain_logits(
     return logits.reshape(rows, length, -1)
 
 
-def block_rows(sizes: Sizes, repeats: int) -> list[Row]:
+def block_rows(sizes: Sizes, turns: Turns) -> list[Row]:
     """Forward pass and training step of every shape."""
     rows = []
     for shape in sizes.blocks:
         forward, train = _calls(shape)
         for what, (things, counter) in (("forward", forward), ("train step", train)):
-            timings = take_turns(things, repeats, counter)
+            timings = turns(things, counter=counter)
             # Which attention is faster depends on the machine and the shape.
             floor = min(("plain", "fused"), key=timings.median)
             for act in shape.acts:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from bench import Row, TraceCounter, take_turns
+from bench import Row, TraceCounter, Turns
 from bench.halting_scenes import MAZE_TOKENS, STILL_RATE, Sizes, get_config, random_grids
 from common import dist
 from common.spmd import ROWS, WHOLE, spmd
@@ -61,7 +61,7 @@ def compile_call(config: ConfigDict, side: int, counter: TraceCounter) -> Callab
     return run
 
 
-def compile_rows(sizes: Sizes, repeats: int) -> list[Row]:
+def compile_rows(sizes: Sizes, turns: Turns) -> list[Row]:
     """The longest over the shortest compilation, for the ACT-RNN and the Universal Transformer."""
     toy = {}
     for limit in sizes.compile_limits:
@@ -74,16 +74,16 @@ def compile_rows(sizes: Sizes, repeats: int) -> list[Row]:
         config.ut.max_hops = hops
         maze[f"hops={hops}"] = config, config.data.side
     return [
-        _row(f"compile {name}", configs, min(repeats, MOST_ROUNDS))
+        _row(f"compile {name}", configs, turns.at_most(MOST_ROUNDS))
         for name, configs in (("ACT-RNN", toy), ("UT", maze))
     ]
 
 
-def _row(title: str, configs: dict[str, tuple[ConfigDict, int]], repeats: int) -> Row:
+def _row(title: str, configs: dict[str, tuple[ConfigDict, int]], turns: Turns) -> Row:
     counter = TraceCounter()
     things = {name: compile_call(*given, counter) for name, given in configs.items()}
     with no_stored_programs():
-        timings = take_turns(things, repeats, counter)
+        timings = turns(things, counter=counter)
     rounds = list(zip(*timings.seconds.values(), strict=True))
     ratios = sorted(max(one) / min(one) for one in rounds)
     medians = [timings.median(name) for name in things]

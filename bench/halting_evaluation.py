@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from bench import Row, Timings, TraceCounter, compare, take_turns
+from bench import Row, Timings, TraceCounter, Turns, compare
 from bench.halting_scenes import MAZE_TOKENS, Sizes, get_config, random_grids
 from common import dist
 from halting_jax.build import Built, build
@@ -84,9 +84,9 @@ def _grid(config: ConfigDict, side: int) -> Built:
     return build(config, side * side, MAZE_TOKENS)
 
 
-def evaluation_rows(sizes: Sizes, repeats: int) -> list[Row]:
+def evaluation_rows(sizes: Sizes, turns: Turns) -> list[Row]:
     """Early exit on and off, over the cost of the mean step."""
-    return [row for case in cases(sizes) for row in _measure(case, sizes, repeats)]
+    return [row for case in cases(sizes) for row in _measure(case, sizes, turns)]
 
 
 def steps_of_rows(model: Model, params: Params, examples: Batch) -> jax.Array:
@@ -133,7 +133,7 @@ def spread_halting(case: Case, wanted: float) -> Params:
     return changed(scale, bias)
 
 
-def _measure(case: Case, sizes: Sizes, repeats: int) -> list[Row]:
+def _measure(case: Case, sizes: Sizes, turns: Turns) -> list[Row]:
     counter = TraceCounter()
     params = spread_halting(case, sizes.eval_mean)
     taken = jax.jit(lambda p, b: steps_of_rows(case.built.model, p, b))(params, case.examples)
@@ -146,7 +146,7 @@ def _measure(case: Case, sizes: Sizes, repeats: int) -> list[Row]:
         "above": _evaluator(case, counter, fixed_steps=below + 1),
     }
     calls = {name: functools.partial(one, params) for name, one in things.items()}
-    timings = take_turns(calls, repeats, counter)
+    timings = turns(calls, counter=counter)
     share = mean - below
     pairs = zip(timings.seconds["below"], timings.seconds["above"], strict=True)
     floor = [(1 - share) * b + share * a for b, a in pairs]

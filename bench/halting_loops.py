@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from bench import Row, Timings, compare, rates, take_turns
+from bench import Row, Timings, Turns, compare, rates
 from bench.halting_scenes import Sizes, Training, get_config, maze_config
 from common import dist
 from halting_jax.build import time_penalty_target
@@ -79,7 +79,7 @@ def loop_row(name: str, timings: Timings, floor: str, training: Training, bar: f
     return compare(name, whole, "work", "floor", bar)
 
 
-def loop_rows(sizes: Sizes, repeats: int) -> list[Row]:
+def loop_rows(sizes: Sizes, turns: Turns) -> list[Row]:
     """Loops as users run them beside the bare step on a fixed batch."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
@@ -88,7 +88,7 @@ def loop_rows(sizes: Sizes, repeats: int) -> list[Row]:
             with Training(config, Path(place) / task) as training:
                 floor = bare_steps(training)
                 things = {"loop": training.interval, "save": training.save, "floor": floor}
-                timings = take_turns(things, repeats, training.counter)
+                timings = turns(things, counter=training.counter)
                 rows.append(loop_row(f"loop {task}", timings, "floor", training, BARS.get(task)))
         config = maze_config("maze_act", sizes.maze, sizes)
         side, hidden = config.data.side, config.model.hidden_size
@@ -100,14 +100,14 @@ def loop_rows(sizes: Sizes, repeats: int) -> list[Row]:
                 "floor": bare_steps(training),
                 "averaged": bare_steps(training, averaged=True),
             }
-            timings = take_turns(things, repeats, training.counter)
+            timings = turns(things, counter=training.counter)
             rows.append(loop_row(title, timings, "floor", training, MAZE_BAR))
             title += ", floor with average"
             rows.append(loop_row(title, timings, "averaged", training, None))
     return rows
 
 
-def torch_rows(sizes: Sizes, repeats: int) -> list[Row]:
+def torch_rows(sizes: Sizes, turns: Turns) -> list[Row]:
     """Optimiser steps per second of the loops beside those of plain eager PyTorch."""
     cases: list[tuple[str, str, ConfigDict, float | None]] = []
     for task in sizes.toys:
@@ -126,7 +126,7 @@ def torch_rows(sizes: Sizes, repeats: int) -> list[Row]:
             steps = sizes.torch_maze_steps if task == "maze" else sizes.torch_steps
             with Training(config, Path(place) / str(number)) as training:
                 things = {"ours": training.interval, "theirs": torch_call(training, place, steps)}
-                timings = take_turns(things, repeats, training.counter)
+                timings = turns(things, counter=training.counter)
                 base, ours = ("theirs", steps), ("ours", training.steps)
                 rows.append(rates(title, timings, base, ours, bar))
     return rows
