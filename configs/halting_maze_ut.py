@@ -8,14 +8,14 @@ Variants
   tiny       every code path in seconds, for tests.
   cpu        6x6 random-wall mazes, no ACT; minutes on two cores.
   act6       6x6 mazes with ACT halting and accumulated mixing.
-  perfect10  10x10 perfect mazes, 2-D positions; 30 minutes on one core.
+  perfect10  10x10 perfect mazes, 2-D positions.
   trm10      the same mazes with the recursive model.
   tiny_trm   the recursive model in seconds, for tests.
   trm30      30x30 hard mazes with the recursive model (needs a GPU).
   runbook    30x30 mazes with the original's values: 6 hops, ACT weight 1e-3, 1000 epochs.
 
 Without official files (data.dir) mazes are generated, in the same file format, once per recipe.
-What the runs reach stands in README.md and results/halting_mazes.json.
+What the runs reach stands in README.md and results/halting_learning.json.
 """
 
 from ml_collections import ConfigDict
