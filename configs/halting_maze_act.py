@@ -10,7 +10,7 @@ Variants
   runbook    30x30 mazes with the original's values: batch 128, 1000 epochs, limit 16.
 
 Without official files (data.dir) mazes are generated, in the same file format, once per recipe.
-What the runs reach stands in README.md and results/halting_mazes.json.
+What the runs reach stands in README.md and results/halting_learning.json.
 """
 
 from ml_collections import ConfigDict
