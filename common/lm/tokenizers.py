@@ -151,14 +151,21 @@ def save_gguf_tokenizer(path: Path, directory: Path) -> None:
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        field = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
+        fields = gguf.GGUFReader(path).fields
     except Exception as error:  # missing fields, unknown models: types differ between versions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot read the tokenizer in '{path}': {reason}") from error
+    field = fields.get("tokenizer.ggml.pre")
     splitter = _pre_tokenizer("" if field is None else str(field.contents()))
     if splitter is not None:
         # transformers gives every byte-level vocabulary GPT-2's rule, whatever the file says.
         tokenizer.backend_tokenizer.pre_tokenizer = splitter
+    # transformers 4 does not take every role from the file.
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        stated = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if stated is not None:
+            token = tokenizer.convert_ids_to_tokens(int(stated.contents()))
+            setattr(tokenizer, f"{role}_token", token)
     tokenizer.save_pretrained(str(directory))
 
 

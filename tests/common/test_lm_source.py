@@ -32,14 +32,15 @@ def byte_table():
 
 
 def write_packed(path, model):
-    """A GGUF file with a byte-level vocabulary: 256 bytes, three specials, one merge of blanks."""
+    """A GGUF file with a byte-level vocabulary: 256 bytes, three specials, two merges of blanks."""
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     from tests.common import test_lm_gguf
 
     tokens = [byte_table()[b] for b in range(256)]
     blank = byte_table()[32]
-    tokens += ["<|endoftext|>", "<|start|>", "<|stop|>", blank * 2]
-    kinds = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL]
+    tokens += ["<|endoftext|>", "<|start|>", "<|stop|>", blank * 2, blank * 4]
+    plain = gguf.TokenType.NORMAL
+    kinds = [plain] * 256 + [gguf.TokenType.CONTROL] * 3 + [plain] * 2
     whole = gguf.GGUFWriter.write_header_to_file
 
     def with_tokenizer(self, *rest):
@@ -47,7 +48,8 @@ def write_packed(path, model):
         self.add_tokenizer_pre("smollm")
         self.add_token_list(tokens)
         self.add_token_types(kinds)
-        self.add_token_merges([f"{blank} {blank}"])
+        # Two: transformers 4 reads a list of one as the thing itself.
+        self.add_token_merges([f"{blank} {blank}", f"{blank * 2} {blank * 2}"])
         self.add_bos_token_id(257)
         self.add_unk_token_id(256)
         self.add_add_bos_token(False)
@@ -63,7 +65,7 @@ def write_packed(path, model):
 def packed(tmp_path_factory):
     """The file, its model, and the cache it is converted into."""
     root = tmp_path_factory.mktemp("packed")
-    cfg = dataclasses.replace(CONFIGS["llama"], vocab_size=260, tie_embeddings=True)
+    cfg = dataclasses.replace(CONFIGS["llama"], vocab_size=261, tie_embeddings=True)
     model = random_model(cfg)._replace(stop_ids=(258,))
     write_packed(root / "small.gguf", model)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +98,7 @@ def test_a_gguf_file_is_converted_once(packed, monkeypatch):
 @pytest.mark.torch
 def test_its_tokenizer_cuts_digits_as_the_file_says(packed):
     tokenizer = load_tokenizer(resolve(str(packed[0])).path)
-    assert len(tokenizer) == 260 and tokenizer.eos_token_id == 258
+    assert len(tokenizer) == 261 and tokenizer.eos_token_id == 258
     ids = tokenizer("a  12", add_special_tokens=False).input_ids
     assert ids == [97, 259, 49, 50]  # GPT-2's rule would give one blank to the number
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == (
@@ -104,7 +106,7 @@ def test_its_tokenizer_cuts_digits_as_the_file_says(packed):
     )
     pieces = token_bytes(tokenizer)
     assert pieces[:256] == [bytes([b]) for b in range(256)]
-    assert pieces[256:] == [b"", b"", b"", b"  "]
+    assert pieces[256:] == [b"", b"", b"", b"  ", b"    "]
     assert token_bytes(tokenizer, special=True)[258] == b"<|stop|>"
     ids = tokenizer(TEXT, add_special_tokens=False).input_ids
     assert b"".join(pieces[i] for i in ids).decode() == TEXT == tokenizer.decode(ids)
