@@ -380,7 +380,8 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
 
         def products(weights: Any, x: jax.Array, calls: int = gen_len) -> Any:
             """Every matrix of a decoder pass, as many rows as it has tokens, once per pass."""
-            layers = [m for layer in weights.decoder for m in layer if m is not None and m.ndim == 2]
+            parts = [m for layer in weights.decoder for m in layer if m is not None]
+            layers = [m for m in parts if m.ndim == 2]
             head = weights.embedding.T if weights.head is None else weights.head
 
             def one_pass(_: jax.Array, x: jax.Array) -> jax.Array:
