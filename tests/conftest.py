@@ -1,8 +1,10 @@
 """Test-wide settings; JAX reads them when it is first imported, hence at the top of the run."""
 
+import gc
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in marked:
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# Every compiled program maps memory, and a process may have some 65,000 mappings: beyond them the
+# compiler aborts. A worker that has run most of the suite comes near.
+MAPPINGS = 20_000
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between modules, drops compiled programs once they have become many."""
+    jax = sys.modules.get("jax")
+    if jax is None or (nextitem is not None and nextitem.path == item.path):
+        return
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
