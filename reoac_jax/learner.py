@@ -19,7 +19,7 @@ from common.fsdp import Layout
 from common.lm.layers import Params
 from common.optim import make_optimizer
 from common.spmd import all_rows, own_slice, sum_over_devices
-from reoac_jax import losses
+from reoac_jax import branch_losses, losses
 from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.counted_loss import counted_loss
 from reoac_jax.episodes import Episodes
@@ -252,7 +252,7 @@ def make_update_plus(
         trials = None
         if settings.branch_weight and episodes.branches is not None:
             price = settings.cost_lambda / (settings.max_steps * settings.max_cost)
-            trials = losses.tried_operators(
+            trials = branch_losses.tried_operators(
                 all_rows(episodes.branches), seen, policy, steps.valid, price
             )
         shuffle_key, row_key, noise_key = jax.random.split(key, 3)
@@ -280,7 +280,7 @@ def make_update_plus(
                     entropy_weight=settings.entropy_weight,
                 )
                 if part is not None:
-                    extra, more = losses.tried_policy_loss(heads_apply(p, part.seen), part)
+                    extra, more = branch_losses.tried_policy_loss(heads_apply(p, part.seen), part)
                     loss, metrics = loss + settings.branch_weight * extra, metrics | more
                 return loss, metrics
 
@@ -288,7 +288,7 @@ def make_update_plus(
                 q = heads_apply(p, x, dropout=settings.critic_dropout, key=critic_key)
                 loss, metrics = losses.huber_critic_loss(q, operator, ret, live)
                 if part is not None:
-                    extra, more = losses.tried_critic_loss(heads_apply(p, part.seen), part)
+                    extra, more = branch_losses.tried_critic_loss(heads_apply(p, part.seen), part)
                     loss, metrics = loss + settings.branch_weight * extra, metrics | more
                 return loss, metrics
 
@@ -369,7 +369,7 @@ def make_update_plus(
 
 
 def _tried_order(
-    key: jax.Array, trials: losses.TriedOperators | None, num_batches: int
+    key: jax.Array, trials: branch_losses.TriedOperators | None, num_batches: int
 ) -> jax.Array | None:
     """Which states with trials go into which minibatch, [num_batches, size] int32."""
     if trials is None:

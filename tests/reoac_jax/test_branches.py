@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from reoac_jax import losses
+from reoac_jax import branch_losses
 from reoac_jax.episodes import Branches, Episodes
 from reoac_jax.rollout import rollout_plus
 from reoac_jax.settings import Agent, RolloutSettings, evaluation_settings, training_settings
@@ -163,7 +163,7 @@ def made_up_branches() -> Branches:
 def test_outcomes_become_advantages_over_the_policys_mean() -> None:
     seen = jnp.arange(12.0).reshape(2, 2, 3)
     policy = jnp.full((2, 2, 5), 0.2).at[0, 1].set(jnp.asarray([0.6, 0.1, 0.1, 0.0, 0.2]))
-    trials = losses.tried_operators(
+    trials = branch_losses.tried_operators(
         made_up_branches(), seen, policy, jnp.ones((2, 2, 5), bool), price=0.1
     )
     np.testing.assert_array_equal(trials.seen, [[3, 4, 5], [9, 10, 11]])
@@ -179,21 +179,21 @@ def test_outcomes_become_advantages_over_the_policys_mean() -> None:
 
 
 def test_gradients_reach_what_was_tried_and_nothing_else() -> None:
-    trials = losses.tried_operators(
+    trials = branch_losses.tried_operators(
         made_up_branches(),
         jnp.zeros((2, 2, 3)),
         jnp.full((2, 2, 5), 0.2),
         jnp.ones((2, 2, 5), bool),
         price=0.1,
     )
-    gradient = jax.grad(lambda q: losses.tried_critic_loss(q, trials)[0])(jnp.zeros((2, 5)))
+    gradient = jax.grad(lambda q: branch_losses.tried_critic_loss(q, trials)[0])(jnp.zeros((2, 5)))
     assert (np.asarray(gradient) != 0).tolist() == [
         [True, False, False, False, True],
         [False, False, True, False, False],
     ]
     # Huber: the slope is the error, over the three trials.
     np.testing.assert_allclose(gradient[0, 0], -0.8 / 3, rtol=1e-5)
-    slope = jax.grad(lambda x: losses.tried_policy_loss(x, trials)[0])(jnp.zeros((2, 5)))
+    slope = jax.grad(lambda x: branch_losses.tried_policy_loss(x, trials)[0])(jnp.zeros((2, 5)))
     assert slope[0, 0] < 0 < slope[0, 4]  # towards the better operator
     np.testing.assert_allclose(slope[1], 0.0, atol=1e-7)
 
