@@ -1,17 +1,15 @@
 """Deterministic generator of GSM8K-style word problems that are chains of small operations."""
 
 import functools
-import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from common.errors import UserError
+from common.problem_sets import GeneratedProblems, check_place, seeded, split_of_text
 from common.problem_wording import FRACTION, GROWS, SETTINGS, TIMES
 
-SPLITS = ("train", "test")
-TEST_SHARE = 10  # one chain in TEST_SHARE belongs to the test split
 _SIGNS = ("+", "-", "*", "/")
 _MAX_FACTOR = 5  # the wording has words for factors 2..5
 _MAX_VALUE_LIMIT = 999
@@ -83,9 +81,8 @@ def split_of(chain: Sequence[Step]) -> str:
     Returns:
         "test" for one chain in ten, else "train".
     """
-    text = str(chain[0][0]) + "".join([f"{sign}{operand}" for _, sign, operand, _ in chain])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+    steps = "".join([f"{sign}{operand}" for _, sign, operand, _ in chain])
+    return split_of_text(f"{chain[0][0]}{steps}")
 
 
 class _ChainSampler:
@@ -248,13 +245,9 @@ def generate(
     Raises:
         UserError: unknown split or negative index.
     """
-    if split not in SPLITS:
-        raise UserError(f"problem split '{split}' is unknown: use one of {', '.join(SPLITS)}")
-    if index < 0:
-        raise UserError(f"problem index {index} is negative: indices start at 0")
+    check_place(split, index)
     sampler = _sampler(Difficulty() if difficulty is None else difficulty)
-    name = f"{split}|{seed}|{index}".encode()
-    rng = random.Random(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big"))
+    rng = seeded(split, seed, index)
     chain = sampler.draw(rng)
     while split_of(chain) != split:
         chain = sampler.draw(rng)
@@ -271,8 +264,8 @@ def generate(
     }
 
 
-class ProblemSet(Sequence[dict[str, Any]]):
-    """A fixed number of generated problems that behaves like a read-only list of records."""
+class ProblemSet(GeneratedProblems):
+    """A fixed number of generated problems of one difficulty."""
 
     def __init__(
         self, split: str, size: int, seed: int = 0, difficulty: Difficulty | None = None
@@ -288,28 +281,9 @@ class ProblemSet(Sequence[dict[str, Any]]):
         Raises:
             UserError: unknown split or negative size.
         """
-        if split not in SPLITS:
-            raise UserError(f"problem split '{split}' is unknown: use one of {', '.join(SPLITS)}")
-        if size < 0:
-            raise UserError(f"problem set size {size} is negative: use 0 or more")
-        self.split = split
-        self.size = size
-        self.seed = seed
+        super().__init__(split, size, seed)
         self.difficulty = Difficulty() if difficulty is None else difficulty
 
-    def __len__(self) -> int:
-        return self.size
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        position = index + self.size if index < 0 else index
-        if not 0 <= position < self.size:
-            raise IndexError(f"problem {index} of a set of {self.size}")
+    def problem(self, position: int) -> dict[str, Any]:
+        """The chain at a position, 0 <= position < size."""
         return generate(self.split, position, self.seed, self.difficulty)

@@ -4,15 +4,13 @@ Short questions whose answers take the forms of competition mathematics (fractio
 lists, intervals), for runs and tests of MATH code without the data set.
 """
 
-import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, overload
+from typing import Any
 
-from common.errors import UserError
-from common.problems import SPLITS, TEST_SHARE
+from common.problem_sets import GeneratedProblems, check_place, seeded, split_of_text
 
 LEVELS = (1, 2, 3, 4, 5)
 Problem = tuple[str, str, str]  # question, work, answer
@@ -82,8 +80,7 @@ SUBJECTS = tuple(_SUBJECTS)
 
 def math_split_of(question: str) -> str:
     """Split of a question, decided by a stable hash; one in ten is a test question."""
-    digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
+    return split_of_text(question)
 
 
 def generate_math(split: str, index: int, seed: int = 0) -> dict[str, Any]:
@@ -100,12 +97,8 @@ def generate_math(split: str, index: int, seed: int = 0) -> dict[str, Any]:
     Raises:
         UserError: unknown split or negative index.
     """
-    if split not in SPLITS:
-        raise UserError(f"problem split '{split}' is unknown: use one of {', '.join(SPLITS)}")
-    if index < 0:
-        raise UserError(f"problem index {index} is negative: indices start at 0")
-    name = f"math|{split}|{seed}|{index}".encode()
-    rng = random.Random(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big"))
+    check_place(split, index)
+    rng = seeded("math", split, seed, index)
     subject = SUBJECTS[index % len(SUBJECTS)]
     while True:
         # A level may have too few questions for a split; drawn anew, some level has one.
@@ -122,41 +115,9 @@ def generate_math(split: str, index: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-class MathProblemSet(Sequence[dict[str, Any]]):
-    """A fixed number of generated MATH-style problems, read like a list of records."""
+class MathProblemSet(GeneratedProblems):
+    """A fixed number of generated MATH-style problems."""
 
-    def __init__(self, split: str, size: int, seed: int = 0) -> None:
-        """Describe the set; nothing is generated before it is read.
-
-        Args:
-            split: "train" or "test".
-            size: number of problems.
-            seed: seed of the whole set.
-
-        Raises:
-            UserError: unknown split or negative size.
-        """
-        if split not in SPLITS:
-            raise UserError(f"problem split '{split}' is unknown: use one of {', '.join(SPLITS)}")
-        if size < 0:
-            raise UserError(f"problem set size {size} is negative: use 0 or more")
-        self.split = split
-        self.size = size
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        position = index + self.size if index < 0 else index
-        if not 0 <= position < self.size:
-            raise IndexError(f"problem {index} of a set of {self.size}")
+    def problem(self, position: int) -> dict[str, Any]:
+        """The problem at a position, 0 <= position < size."""
         return generate_math(self.split, position, self.seed)

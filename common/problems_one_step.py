@@ -6,14 +6,12 @@ rollouts of the same question. Worked solutions have blank lines between their s
 """
 
 import functools
-import hashlib
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from common.errors import UserError
-from common.problems import SPLITS
+from common.problem_sets import GeneratedProblems, check_place, seeded, split_of_text
 
 DATASET = "problems"  # the name under which configs ask for this set
 MAX_VALUE = 50
@@ -117,8 +115,7 @@ def one_step_split(a: int, sign: str, b: int) -> str:
     """Split of an arithmetic fact, decided by a stable hash; the splits are halves."""
     # Even hashes include those of the longer problems' test split (multiples of ten), so a model
     # trained on this train split has seen no chain of either test split.
-    digest = hashlib.blake2b(f"{a}{sign}{b}".encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % 2 == 0 else "train"
+    return split_of_text(f"{a}{sign}{b}", share=2)
 
 
 @functools.cache
@@ -134,13 +131,8 @@ def _facts(split: str, sign: str, seed: int) -> tuple[tuple[int, int], ...]:
     else:
         pairs = [(a, b) for a in numbers for b in numbers if a % b == 0 and a // b >= 2]
     pairs = [pair for pair in pairs if one_step_split(pair[0], sign, pair[1]) == split]
-    _rng("facts", split, sign, seed).shuffle(pairs)
+    seeded("facts", split, sign, seed).shuffle(pairs)
     return tuple(pairs)
-
-
-def _rng(*name: object) -> random.Random:
-    digest = hashlib.blake2b("|".join(map(str, name)).encode(), digest_size=8).digest()
-    return random.Random(int.from_bytes(digest, "big"))
 
 
 def generate_one_step(split: str, index: int, seed: int = 0) -> dict[str, Any]:
@@ -162,18 +154,15 @@ def generate_one_step(split: str, index: int, seed: int = 0) -> dict[str, Any]:
     Raises:
         UserError: unknown split or negative index.
     """
-    if split not in SPLITS:
-        raise UserError(f"problem split '{split}' is unknown: use one of {', '.join(SPLITS)}")
-    if index < 0:
-        raise UserError(f"problem index {index} is negative: indices start at 0")
+    check_place(split, index)
     block, place = divmod(index, len(_BLOCK))
     order = list(_BLOCK)
-    _rng("block", split, seed, block).shuffle(order)
+    seeded("block", split, seed, block).shuffle(order)
     sign = order[place]
     facts = _facts(split, sign, seed)
     number = block * _BLOCK.count(sign) + order[:place].count(sign)
     a, b = facts[number % len(facts)]
-    rng = _rng("words", split, seed, index)
+    rng = seeded("words", split, seed, index)
     story = rng.choice(_STORIES[sign])
     words = {
         "N": rng.choice(_NAMES),
@@ -193,43 +182,11 @@ def generate_one_step(split: str, index: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-class OneStepProblemSet(Sequence[dict[str, Any]]):
-    """A fixed number of one-step problems that behaves like a read-only list of records."""
+class OneStepProblemSet(GeneratedProblems):
+    """A fixed number of one-step problems."""
 
-    def __init__(self, split: str, size: int, seed: int = 0) -> None:
-        """Describe the set; nothing is generated before it is read.
-
-        Args:
-            split: "train" or "test".
-            size: number of problems.
-            seed: seed of the whole set.
-
-        Raises:
-            UserError: unknown split or negative size.
-        """
-        if split not in SPLITS:
-            raise UserError(f"problem split '{split}' is unknown: use one of {', '.join(SPLITS)}")
-        if size < 0:
-            raise UserError(f"problem set size {size} is negative: use 0 or more")
-        self.split = split
-        self.size = size
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        position = index + self.size if index < 0 else index
-        if not 0 <= position < self.size:
-            raise IndexError(f"problem {index} of a set of {self.size}")
+    def problem(self, position: int) -> dict[str, Any]:
+        """The problem at a position, 0 <= position < size."""
         return generate_one_step(self.split, position, self.seed)
 
 
