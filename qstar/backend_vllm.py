@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from common.engines.vllm_version import prepare_environment
 from common.errors import UserError, require
 from common.lm.weights import load_model
 from qstar.backend import Output, Progress, Request
@@ -20,7 +21,7 @@ from qstar.guide import Guide
 from qstar.networks import DecoderNetwork
 from qstar.slots import Decoding
 from qstar.system import System
-from qstar.vllm_processor import SLOT, prepare_environment, processor_class, require_vllm
+from qstar.vllm_processor import SLOT, processor_class, require_vllm
 
 DEFAULT_SLOTS = 32
 _MAX_SLOTS = 256

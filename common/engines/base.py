@@ -79,6 +79,11 @@ class Toolbox:
             f"{self.vectors.shape} do not belong together",
         )
 
+    @classmethod
+    def empty(cls, hidden_size: int) -> "Toolbox":
+        """No tools, for a model whose states have `hidden_size` entries."""
+        return cls((), np.zeros(0, np.int32), np.zeros((0, hidden_size), np.float32))
+
 
 @dataclasses.dataclass(frozen=True)
 class StreamSettings:
@@ -205,8 +210,14 @@ class Engine(Protocol):
         decoding: Decoding,
         max_new_tokens: int,
         on_rollout: OnRollout | None = None,
+        task_rows: int = 0,
     ) -> list[list[Rollout]]:
-        """Continues prompt i once for every entry of rows[i] (its randomness), unsteered."""
+        """Continues prompt i once for every entry of rows[i] (its randomness), unsteered.
+
+        A task that is resumed gives all its prompts, with no rows where nothing is left, and
+        `task_rows`, the number of rows of the whole: the sizes of what is computed, and with them
+        the last bits, are then those of the uninterrupted task.
+        """
         ...
 
     def states_at(

@@ -68,6 +68,21 @@ def build_automaton(
     return Automaton(state, hit)
 
 
+class Automata:
+    """The tables of one vocabulary, made once per delimiter."""
+
+    def __init__(self, token_bytes: Sequence[bytes], vocab_size: int) -> None:
+        """Args: token_bytes, vocab_size: as in `build_automaton`."""
+        self._token_bytes, self._vocab_size = token_bytes, vocab_size
+        self._made: dict[str, Automaton] = {}
+
+    def of(self, delimiter: str) -> Automaton:
+        """As `build_automaton`."""
+        if delimiter not in self._made:
+            self._made[delimiter] = build_automaton(self._token_bytes, delimiter, self._vocab_size)
+        return self._made[delimiter]
+
+
 def find_ends(automaton: Automaton, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
     """Token indices at which the delimiter is completed, per sequence, in rising order.
 

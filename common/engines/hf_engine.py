@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from common.engines.base import Decoding, OnRollout, Rollout, StreamSettings, Toolbox
-from common.engines.delimiter import Automaton, build_automaton
+from common.engines.checks import check_layers, check_positions
+from common.engines.delimiter import Automata
 from common.engines.hf_rows import HfRows, decoder_blocks
 from common.engines.hf_stream import HfStream
 from common.engines.schedule import sample_through
-from common.errors import UserError, require
+from common.errors import UserError
 
 SAMPLE_SLOTS = 16
 _STATE_ROWS = 8
@@ -64,9 +65,8 @@ class HfEngine:
         self.hidden_size = int(self.model.config.hidden_size)
         self.vocab_size = int(self.model.get_output_embeddings().weight.shape[0])
         self.max_positions = int(self.model.config.max_position_embeddings)
-        self._token_bytes = token_bytes
         self._sample_slots = sample_slots
-        self._automata: dict[str, Automaton] = {}
+        self._automata = Automata(token_bytes, self.vocab_size)
 
     def sample(
         self,
@@ -75,6 +75,7 @@ class HfEngine:
         decoding: Decoding,
         max_new_tokens: int,
         on_rollout: OnRollout | None = None,
+        task_rows: int = 0,
     ) -> list[list[Rollout]]:
         """As `Engine.sample`.
 
@@ -85,9 +86,9 @@ class HfEngine:
         if not count:
             return [[] for _ in rows]
         capacity = max(len(prompt) for prompt in prompts) + max_new_tokens
-        slots = min(self._sample_slots, count)
-        tools = Toolbox((), np.zeros(0, np.int32), np.zeros((0, self.hidden_size), np.float32))
-        stream = self.open(StreamSettings(slots, capacity, (), "\n", 1, 0, decoding), tools)
+        slots = min(self._sample_slots, max(count, task_rows))
+        settings = StreamSettings(slots, capacity, (), "\n", 1, 0, decoding)
+        stream = self.open(settings, Toolbox.empty(self.hidden_size))
         return sample_through(stream, prompts, rows, max_new_tokens, on_rollout)
 
     def states_at(
@@ -101,17 +102,9 @@ class HfEngine:
         Raises:
             UserError: A layer or position lies outside.
         """
-        require(
-            all(0 <= layer < self.num_layers for layer in layers),
-            f"layers {list(layers)} are not all among the model's 0..{self.num_layers - 1}",
-        )
-        results = []
-        for ids, where in zip(token_ids, positions, strict=True):
-            require(
-                all(0 <= p < len(ids) for p in where),
-                f"positions {list(where)} are not all within a sequence of {len(ids)} tokens",
-            )
-            results.append(np.zeros((len(where), len(layers), self.hidden_size), np.float32))
+        check_layers(layers, self.num_layers)
+        check_positions(token_ids, positions)
+        results = [np.zeros((len(p), len(layers), self.hidden_size), np.float32) for p in positions]
         # Each piece between two asked positions is one pass; rows go in step.
         by_length = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
         asked = [i for i in by_length if len(positions[i])]
@@ -153,8 +146,4 @@ class HfEngine:
         Raises:
             UserError: Settings or tools do not fit the model.
         """
-        if settings.delimiter not in self._automata:
-            self._automata[settings.delimiter] = build_automaton(
-                self._token_bytes, settings.delimiter, self.vocab_size
-            )
-        return HfStream(self, settings, tools, self._automata[settings.delimiter])
+        return HfStream(self, settings, tools, self._automata.of(settings.delimiter))

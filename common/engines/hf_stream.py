@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from common.engines.base import NO_TOOL, Finish, Probe, Rollout, StreamSettings, Toolbox, Work
-from common.engines.checks import check_budgets, check_stream
+from common.engines.checks import check_budgets, check_fit, check_held, check_stream
 from common.engines.delimiter import Automaton
 from common.engines.hf_rows import HfRows, HookedSteering
 from common.engines.ledger import Ledger
-from common.errors import require
+from common.engines.probes import asked_branches, gather_probe
+from common.engines.schedule import Advancing
 from common.lm.sampling import fold_rows, make_sampling, sample
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Continued(NamedTuple):
     reads: np.ndarray
 
 
-class HfStream:
+class HfStream(Advancing):
     """A `Stream` over a transformers model.
 
     Host arrays over slots: `_read` tokens in the cache (all of them in a settled row, whose state
@@ -94,13 +95,7 @@ class HfStream:
         """
         if not len(slots):
             return
-        for prompt in prompts:
-            require(len(prompt) > 0, "empty prompt: there is no token to continue")
-            require(
-                len(prompt) <= self.settings.capacity,
-                f"a prompt of {len(prompt)} tokens exceeds the capacity {self.settings.capacity} "
-                "of a row",
-            )
+        check_fit(prompts, self.settings.capacity)
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
         sources = [distinct[tuple(prompt)] for prompt in prompts]
         fresh = HfRows.empty(self._model, len(distinct))
@@ -129,22 +124,12 @@ class HfStream:
     def probe(self, tools: np.ndarray, strengths: np.ndarray, active: np.ndarray) -> Probe:
         """As `Stream.probe`: every branch is a row of its own that reads the last token again."""
         self._settle(active)
-        limit, branches = self.settings.probe_tokens, self.settings.probe_branches + 1
-        shape = (self.settings.slots, branches)
-        lengths = np.zeros(shape, np.int32)
-        means = np.zeros(shape, np.float32)
-        token_ids = np.zeros((*shape, limit), np.int32)
-        taken = [
-            (slot, branch)
-            for slot in np.flatnonzero(active).tolist()
-            for branch in range(branches)
-            if branch == 0 or tools[slot, branch - 1] != NO_TOOL
-        ]
-        if not taken:
-            return Probe(lengths, means, token_ids)
-        slots = [slot for slot, _ in taken]
-        chosen = np.asarray([NO_TOOL if b == 0 else tools[s, b - 1] for s, b in taken])
-        scale = np.asarray([0.0 if b == 0 else strengths[s, b - 1] for s, b in taken])
+        asked = asked_branches(tools, strengths, active)
+        if not asked:
+            return gather_probe(self.settings, (), (), ())
+        slots = [branch.slot for branch in asked]
+        chosen = np.asarray([branch.tool for branch in asked])
+        scale = np.asarray([branch.strength for branch in asked])
         fork = self._rows.fork(slots)
         fork.truncate(self._read[slots] - 1)
         last = np.asarray([[self._tokens[slot][-1]] for slot in slots])
@@ -152,34 +137,15 @@ class HfStream:
         result = self._continue(
             fork,
             read.hidden,
-            np.full(len(slots), limit),
+            np.full(len(slots), self.settings.probe_tokens),
             np.ones(len(slots), bool),
             self._state[slots],
             self._drawn[slots],
             self._row_keys[np.asarray(slots)],
         )
-        for (slot, branch), ids, log_probs, reads in zip(
-            taken, result.tokens, result.log_probs, result.reads, strict=True
-        ):
-            lengths[slot, branch] = len(ids)
-            means[slot, branch] = np.mean(log_probs)
-            token_ids[slot, branch, : len(ids)] = ids
-            self._ledger.add_one(slot, "probe", int(reads) + 1)
-        return Probe(lengths, means, token_ids)
-
-    def commit(
-        self,
-        tools: np.ndarray,
-        strengths: np.ndarray,
-        budgets: np.ndarray,
-        until_delimiter: np.ndarray,
-    ) -> list[Rollout | None]:
-        """As `Stream.commit`.
-
-        Raises:
-            UserError: A budget exceeds what is left of a row's capacity.
-        """
-        return self.advance(tools, strengths, budgets, until_delimiter)
+        for slot, reads in zip(slots, result.reads.tolist(), strict=True):
+            self._ledger.add_one(slot, "probe", reads + 1)
+        return gather_probe(self.settings, asked, result.tokens, result.log_probs)
 
     def work(self) -> list[Work]:
         """As `Stream.work`."""
@@ -195,16 +161,7 @@ class HfStream:
         quorum: int = 1,
         max_chunks: int | None = None,
     ) -> list[Rollout | None]:
-        """`commit` that may return early; rows it cuts off have finish "length" and can go on.
-
-        Args:
-            tools, strengths, budgets, until_delimiter: As in `Stream.commit`.
-            quorum: Leaves as soon as fewer rows than this are running.
-            max_chunks: Leaves after so many chunks of tokens.
-
-        Returns:
-            What `commit` returns.
-        """
+        """As `Advancing.advance`."""
         check_budgets(self._tokens, budgets, self.settings.capacity)
         active = budgets > 0
         steered = active & (tools != NO_TOOL)
@@ -339,10 +296,7 @@ class HfStream:
         import torch
 
         waiting = wanted & ~self._settled
-        require(
-            all(self._tokens[slot] for slot in np.flatnonzero(waiting)),
-            "a slot without a row was asked to go on: refill it first",
-        )
+        check_held([self._tokens[slot] for slot in np.flatnonzero(waiting)])
         if not waiting.any():
             return
         unread = [

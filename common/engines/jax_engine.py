@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.engines.base import Decoding, OnRollout, Rollout, StreamSettings, Toolbox
-from common.engines.delimiter import Automaton, build_automaton
+from common.engines.checks import check_layers, check_positions
+from common.engines.delimiter import Automata, Automaton
 from common.engines.jax_stream import CHUNK, JaxStream
 from common.engines.schedule import sample_through
 from common.errors import require
@@ -58,11 +59,10 @@ class JaxEngine:
         self.num_layers = model.cfg.num_layers
         self.hidden_size = model.cfg.hidden_size
         self.vocab_size = model.cfg.vocab_size
-        self._token_bytes = token_bytes
         self._mesh = mesh
         self._sample_slots = sample_slots
         self._chunk = chunk
-        self._automata: dict[str, Automaton] = {}
+        self._automata = Automata(token_bytes, self.vocab_size)
 
     def sample(
         self,
@@ -71,6 +71,7 @@ class JaxEngine:
         decoding: Decoding,
         max_new_tokens: int,
         on_rollout: OnRollout | None = None,
+        task_rows: int = 0,
     ) -> list[list[Rollout]]:
         """As `Engine.sample`: rows of a prompt share one reading of it, and slots are refilled.
 
@@ -83,7 +84,7 @@ class JaxEngine:
         if not count:
             return [[] for _ in rows]
         needed = max(len(prompt) for prompt in prompts) + max_new_tokens
-        stream = self._plain_stream(count, needed, decoding)
+        stream = self._plain_stream(max(count, task_rows), needed, decoding)
         return sample_through(stream, prompts, rows, max_new_tokens, on_rollout)
 
     def states_at(
@@ -99,23 +100,17 @@ class JaxEngine:
         """
         cfg = self.model.cfg
         check_prompts(token_ids, cfg)
-        require(
-            all(0 <= layer < cfg.num_layers for layer in layers),
-            f"layers {list(layers)} are not all among the model's 0..{cfg.num_layers - 1}",
-        )
+        check_layers(layers, cfg.num_layers)
         results = [np.zeros((len(p), len(layers), cfg.hidden_size), np.float32) for p in positions]
         if not layers:
             return results
+        check_positions(token_ids, positions)
         top = max(layers) + 1
         params = {**self.model.params, "layers": self.model.params["layers"][:top]}
         width = max((len(p) for p in positions), default=0)
         width = 1 << max(width - 1, 0).bit_length()
         groups: dict[int, list[int]] = {}
         for i, (ids, where) in enumerate(zip(token_ids, positions, strict=True)):
-            require(
-                all(0 <= p < len(ids) for p in where),
-                f"positions {list(where)} are not all within a sequence of {len(ids)} tokens",
-            )
             if where:
                 groups.setdefault(bucket_length(len(ids), cfg.max_positions), []).append(i)
         layer_ids = jnp.asarray(list(layers), jnp.int32)
@@ -140,11 +135,7 @@ class JaxEngine:
         Raises:
             UserError: Settings or tools do not fit the model.
         """
-        if settings.delimiter not in self._automata:
-            self._automata[settings.delimiter] = build_automaton(
-                self._token_bytes, settings.delimiter, self.model.cfg.vocab_size
-            )
-        automaton = self._automata[settings.delimiter]
+        automaton = self._automata.of(settings.delimiter)
         return JaxStream(self.model, settings, tools, automaton, self._mesh, self._chunk)
 
     def _plain_stream(self, rows: int, needed: int, decoding: Decoding) -> JaxStream:
@@ -159,7 +150,7 @@ class JaxEngine:
         limit = self._sample_slots or choose_slots(cfg, capacity)
         slots = min(limit, 1 << (rows - 1).bit_length())
         settings = StreamSettings(slots, capacity, (), "\n", 1, 0, decoding)
-        tools = Toolbox((), np.zeros(0, np.int32), np.zeros((0, cfg.hidden_size), np.float32))
+        tools = Toolbox.empty(cfg.hidden_size)
         automaton = Automaton(
             np.broadcast_to(_NEVER.next, (cfg.vocab_size, 1)),
             np.broadcast_to(_NEVER.hit, (cfg.vocab_size, 1)),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.engines.base import StreamSettings, Toolbox
-from common.engines.checks import check_stream
+from common.engines.checks import check_fit, check_stream
 from common.engines.jax_rows import (
     copy_prompts,
     empty_columns,
@@ -93,11 +93,7 @@ class Slots:
             UserError: A prompt is empty, too long, or has ids the model lacks.
         """
         check_prompts(prompts, self._cfg)
-        for prompt in prompts:
-            require(
-                len(prompt) <= self._limit,
-                f"a prompt of {len(prompt)} tokens exceeds the capacity {self._limit} of a row",
-            )
+        check_fit(prompts, self._limit)
         wanted = {slot: tuple(prompt) for slot, prompt in zip(slots, prompts, strict=True)}
         # Slots that already hold a wanted prompt, and one new reader for each of the others.
         holders = {prompt: slot for slot, prompt in enumerate(self._prompts) if prompt}

@@ -22,6 +22,7 @@ from common.engines.jax_decode import (
 )
 from common.engines.jax_probe import Branches, adopt_null, probe_branches
 from common.engines.jax_slots import Slots
+from common.engines.schedule import Advancing
 from common.lm.weights import Model
 
 CHUNK = 32
@@ -59,7 +60,7 @@ class Segment:
     ended: np.ndarray  # [S]
 
 
-class JaxStream:
+class JaxStream(Advancing):
     """A `Stream` over a decoder.
 
     Host arrays over slots: `_state` of the delimiter's automaton, `_drawn` tokens generated.
@@ -169,20 +170,6 @@ class JaxStream:
         means = log_probs.sum(-1) / np.maximum(lengths, 1)
         return Probe(lengths, means.astype(np.float32), tokens)
 
-    def commit(
-        self,
-        tools: np.ndarray,
-        strengths: np.ndarray,
-        budgets: np.ndarray,
-        until_delimiter: np.ndarray,
-    ) -> list[Rollout | None]:
-        """As `Stream.commit`.
-
-        Raises:
-            UserError: A budget exceeds what is left of a row's capacity.
-        """
-        return self.advance(tools, strengths, budgets, until_delimiter)
-
     def work(self) -> list[Work]:
         """As `Stream.work`."""
         return self._slots.ledger.work()
@@ -197,16 +184,7 @@ class JaxStream:
         quorum: int = 1,
         max_chunks: int | None = None,
     ) -> list[Rollout | None]:
-        """`commit` that may return early; rows it cuts off have finish "length" and can go on.
-
-        Args:
-            tools, strengths, budgets, until_delimiter: As in `Stream.commit`.
-            quorum: Leaves as soon as fewer rows than this are running.
-            max_chunks: Leaves after so many chunks of tokens.
-
-        Returns:
-            What `commit` returns.
-        """
+        """As `Advancing.advance`."""
         active = budgets > 0
         steered = active & (tools != NO_TOOL)
         check_budgets(self._slots.tokens, budgets, self.settings.capacity)

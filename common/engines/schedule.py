@@ -10,7 +10,7 @@ from common.engines.base import NO_TOOL, OnRollout, Rollout, StreamSettings
 
 
 class Advancing(Protocol):
-    """A stream whose `commit` can be left early."""
+    """A stream whose `commit` can be left early; streams inherit `commit` from it."""
 
     settings: StreamSettings
 
@@ -29,8 +29,31 @@ class Advancing(Protocol):
         quorum: int = 1,
         max_chunks: int | None = None,
     ) -> list[Rollout | None]:
-        """`Stream.commit` that returns when fewer than `quorum` rows run or after some chunks."""
+        """`commit` that may return early; rows it cuts off have finish "length" and can go on.
+
+        Args:
+            tools, strengths, budgets, until_delimiter: As in `Stream.commit`.
+            quorum: Leaves as soon as fewer rows than this are running.
+            max_chunks: Leaves after so many chunks of tokens.
+
+        Returns:
+            What `commit` returns.
+        """
         ...
+
+    def commit(
+        self,
+        tools: np.ndarray,
+        strengths: np.ndarray,
+        budgets: np.ndarray,
+        until_delimiter: np.ndarray,
+    ) -> list[Rollout | None]:
+        """As `Stream.commit`.
+
+        Raises:
+            UserError: A budget exceeds what is left of a row's capacity.
+        """
+        return self.advance(tools, strengths, budgets, until_delimiter)
 
 
 def sample_through(

