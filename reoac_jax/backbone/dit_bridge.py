@@ -6,7 +6,6 @@ checkpoint of SEDD's code (`model`, `ema`). Averages are preferred: they are wha
 evaluate.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +15,10 @@ import numpy as np
 from common import torch_bridge
 from common.errors import UserError
 from common.lm.layers import Params
-from common.rundir import atomic_write
 from common.torch_bridge import Rule, Tensors, linear
 from reoac_jax.backbone.dit import DiTConfig, parameter_shapes
 from reoac_jax.backbone.dit_config import INV_FREQ, derive_config, family_of, hub_config
-from reoac_jax.backbone.e2d2_bridge import IGNORED_TENSORS, stored_dtype
-from reoac_jax.backbone.e2d2_config import Json, read_json
+from reoac_jax.backbone.hub_files import IGNORED_TENSORS, Json, read_json, stored_dtype, write_model
 
 PREFIX = "backbone."
 _BLOCK = "blocks.{i}."
@@ -178,8 +175,6 @@ def save_directory(
         tokenizer_files: Files to copy beside the weights.
         source_config: `config.json` the model came from; its other keys are kept.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     config = hub_config(cfg, source_config)
     prefix = "" if "tokens" in config else PREFIX
     tensors: Mapping[str, np.ndarray] = export_tensors(cfg, params, prefix)
@@ -188,10 +183,6 @@ def save_directory(
         name: value if name.endswith(INV_FREQ) else value.astype(kind, copy=False)
         for name, value in tensors.items()
     }
-    torch_bridge.write_safetensors(directory / "model.safetensors", tensors)
     if "model_type" in config:
         config["torch_dtype"] = dtype
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    atomic_write(directory / "config.json", text)
-    for file in tokenizer_files:
-        atomic_write(directory / Path(file).name, Path(file).read_bytes())
+    write_model(directory, tensors, {"config.json": config}, tokenizer_files)

@@ -14,7 +14,7 @@ import numpy as np
 
 from common.errors import UserError
 from reoac_jax.backbone.dit import GRAPHS, PARAMETERIZATIONS, SCORE_MODES, DiTConfig
-from reoac_jax.backbone.e2d2_config import Json
+from reoac_jax.backbone.hub_files import Json
 
 FAMILIES = ("mdlm", "sedd")
 EMBEDDING = "vocab_embed.embedding"

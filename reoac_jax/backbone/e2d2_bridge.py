@@ -1,6 +1,5 @@
 """E2D2 weights under the names of the PyTorch module: reading and writing hub directories."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ import numpy as np
 from common import torch_bridge
 from common.errors import UserError
 from common.lm.layers import Params
-from common.rundir import atomic_write
 from common.torch_bridge import FLATTENED, Rule, Tensors, linear
 from reoac_jax.backbone.e2d2 import E2D2Config, parameter_shapes
 from reoac_jax.backbone.e2d2_config import (
@@ -18,17 +16,12 @@ from reoac_jax.backbone.e2d2_config import (
     EMBEDDING,
     ENCODER,
     HEAD,
-    Json,
     declared_ties,
     derive_config,
     find_base_config,
-    hub_base_config,
-    hub_config,
-    read_json,
 )
-
-IGNORED_TENSORS = ("*static_attention_mask", "*rotary_emb.inv_freq", "*.empty")
-"""Buffers a training checkpoint may hold; none is a parameter."""
+from reoac_jax.backbone.e2d2_hub_config import hub_base_config, hub_config
+from reoac_jax.backbone.hub_files import IGNORED_TENSORS, Json, read_json, stored_dtype, write_model
 
 _DECODER_EMBEDDING = DECODER + "model.embed_tokens.weight"
 _ENCODER_HEAD = ENCODER + "lm_head.weight"
@@ -202,28 +195,10 @@ def save_hf_directory(
         source_config: `config.json` the model came from; its other keys are kept.
         source_base_config: The same for the base config.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = torch_bridge.export_state(params, name_table(cfg))
     tensors = {n: value.astype(stored_dtype(dtype), copy=False) for n, value in tensors.items()}
-    torch_bridge.write_safetensors(directory / "model.safetensors", add_aliases(tensors, cfg))
-    config = {**hub_config(cfg, source_config), "torch_dtype": dtype}
-    base = hub_base_config(cfg, source_base_config)
-    for name, content in (("base_config.json", base), ("config.json", config)):
-        atomic_write(directory / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for file in tokenizer_files:
-        atomic_write(directory / Path(file).name, Path(file).read_bytes())
-
-
-def stored_dtype(name: str) -> np.dtype:
-    """NumPy dtype of a stored precision; a `UserError` lists the choices."""
-    import ml_dtypes
-
-    choices = {
-        "float32": np.dtype(np.float32),
-        "bfloat16": np.dtype(ml_dtypes.bfloat16),
-        "float16": np.dtype(np.float16),
+    configs = {
+        "base_config.json": hub_base_config(cfg, source_base_config),
+        "config.json": {**hub_config(cfg, source_config), "torch_dtype": dtype},
     }
-    if name not in choices:
-        raise UserError(f"dtype '{name}' is none of {', '.join(choices)}")
-    return choices[name]
+    write_model(directory, add_aliases(tensors, cfg), configs, tokenizer_files)

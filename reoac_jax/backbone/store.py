@@ -19,8 +19,8 @@ from common.rundir import atomic_write_json
 from reoac_jax.backbone import dit, dit_bridge, dit_config, e2d2
 from reoac_jax.backbone.dit import DiTConfig
 from reoac_jax.backbone.e2d2 import E2D2Config
-from reoac_jax.backbone.e2d2_bridge import load_hf_directory, save_hf_directory, stored_dtype
-from reoac_jax.backbone.e2d2_config import Json, read_json
+from reoac_jax.backbone.e2d2_bridge import load_hf_directory, save_hf_directory
+from reoac_jax.backbone.hub_files import Json, read_json, stored_dtype
 
 EMBEDDED_NAME = "embedded"
 EMBEDDED_DIR = Path(__file__).resolve().parent.parent / "assets" / "embedded_e2d2"
@@ -109,6 +109,23 @@ def load_backbone(
                 f"a hub name or '{EMBEDDED_NAME}'"
             )
         path = _download(text)
+    try:
+        return _load_directory(str(name), path, weights, base_config, family, overrides)
+    except UserError as error:
+        raise UserError(
+            f"backbone '{path}': {error}; restore its files, or set {_CONFIG_KEY} to another model"
+        ) from error
+
+
+def _load_directory(
+    name: str,
+    path: Path,
+    weights: Path | None,
+    base_config: str | Path | None,
+    family: str | None,
+    overrides: Json | None,
+) -> StoredBackbone:
+    """`load_backbone` of a directory that is there."""
     if weights is None and (path / DESCRIPTION).is_file():
         stored = _load_converted(path)
         if family not in (None, stored.family):
@@ -134,7 +151,7 @@ def load_backbone(
     if base_config is not None:
         source["base_config"] = read_json(Path(base_config))
     weight_file = torch_bridge.find_weights(weights or path)
-    source |= {"name": str(name), "file": weight_file.name, "sha256": _sha256(weight_file)}
+    source |= {"name": name, "file": weight_file.name, "sha256": _sha256(weight_file)}
     return StoredBackbone(model.config, model.params, model.provenance, path, source)
 
 
