@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from common.config_checks import require_at_least, require_choices, require_each
 from common.engines.base import SCOPES
 from common.engines.factory import ENGINES
 from common.errors import UserError
@@ -252,20 +253,11 @@ def finalize(config: ConfigDict) -> list[str]:
     from esm.datasets import check_dataset
     from esm.prompts import check_template
 
-    for key, allowed in _CHOICES.items():
-        value = _at(config, key)
-        if value not in allowed:
-            names = ", ".join(repr(name) for name in allowed)
-            raise UserError(f"config key {key}={value!r} is none of {names}")
-    for key in _POSITIVE:
-        if _at(config, key) < 1:
-            raise UserError(f"config key {key}={_at(config, key)} must be at least 1")
-    for key in _NOT_NEGATIVE:
-        if _at(config, key) < 0:
-            raise UserError(f"config key {key}={_at(config, key)} must not be negative")
-    for key in ("task.split_seed", "task.dev_offset", "task.eval_offset", "eval.static_layer"):
-        if _at(config, key) < -1:
-            raise UserError(f"config key {key}={_at(config, key)} must be at least -1")
+    require_choices(config, _CHOICES)
+    require_at_least(config, _POSITIVE, 1)
+    require_at_least(config, _NOT_NEGATIVE, 0)
+    or_minus_one = ("task.split_seed", "task.dev_offset", "task.eval_offset", "eval.static_layer")
+    require_at_least(config, or_minus_one, -1)
     refuse_negative(
         config,
         allowed=(
@@ -281,9 +273,8 @@ def finalize(config: ConfigDict) -> list[str]:
             "online.tau_null",
         ),
     )
-    for key in ("decode.top_p", "offline_mine.top_p"):
-        if not 0.0 < _at(config, key) <= 1.0:
-            raise UserError(f"config key {key}={_at(config, key)} must lie in (0, 1]")
+    shares = ("decode.top_p", "offline_mine.top_p")
+    require_each(config, shares, lambda value: 0.0 < value <= 1.0, "must lie in (0, 1]")
     if not config.control_points.segment_delimiter:
         raise UserError("control_points.segment_delimiter is empty: no segment would ever end")
     for name in config.eval.methods:
@@ -317,8 +308,3 @@ def _warnings(config: ConfigDict) -> list[str]:
 def _known(key: str, name: str, allowed: tuple[str, ...]) -> None:
     if name not in allowed:
         raise UserError(f"config key {key}: {name!r} is none of {', '.join(allowed)}")
-
-
-def _at(config: ConfigDict, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return config[section][name]

@@ -1,15 +1,18 @@
 """The whole configuration tree of the halting models with its defaults, and its validation.
 
 A config file starts from `get_default_config()` and edits it. Keys that do not act for the chosen
-task or model cannot be overridden: `check_overrides` refuses them instead of ignoring them.
+task or model cannot be overridden: `active_keys.check_overrides` refuses them instead of ignoring
+them.
 """
-
-from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
+from common.config_checks import require_at_least, require_choices, require_each, value_at
 from common.errors import UserError
 from common.flags import refuse_negative
+from halting_jax.active_keys import FILE_TASKS as FILE_TASKS
+from halting_jax.active_keys import check_overrides as check_overrides
+from halting_jax.active_keys import inactive_reason as inactive_reason
 
 TASKS = (
     "maze",
@@ -22,7 +25,6 @@ TASKS = (
     "reverse",
     "string_addition",
 )
-FILE_TASKS = ("maze", "sudoku")
 MODELS = ("act_rnn", "universal_transformer", "trm")
 
 
@@ -173,130 +175,6 @@ def get_default_config() -> ConfigDict:
     return c
 
 
-# Keys that act for some tasks only.
-_TASK_KEYS = {
-    "bits": ("parity",),
-    "placement": ("parity",),
-    "near_ood_bits": ("parity",),
-    "ood_bits": ("parity",),
-    "input_proj": ("parity",),
-    "sequence_length": ("addition",),
-    "max_digits": ("addition", "string_addition"),
-    "fixed_sequence_length": ("addition",),
-    "encoding": ("logic", "sort", "copy", "reverse"),
-    "train_min_steps": ("logic",),
-    "train_max_steps": ("logic",),
-    "eval_min_steps": ("logic",),
-    "eval_max_steps": ("logic",),
-    "min_n": ("sort",),
-    "max_n": ("sort",),
-    "train_min_length": ("copy", "reverse"),
-    "train_max_length": ("copy", "reverse"),
-    "eval_min_length": ("copy", "reverse"),
-    "eval_max_length": ("copy", "reverse"),
-    "position_offset": ("copy", "reverse"),
-    "max_terms": ("string_addition",),
-    "test_max_digits": ("string_addition",),
-}
-# Keys of `act` that the Universal Transformer shares; all others belong to the ponder loop.
-_ACT_SHARED = {
-    "time_penalty_start",
-    "time_penalty_warmup_steps",
-    "disable_ponder_cost",
-    "halt_warmup_steps",
-    "fixed_ponder_steps",
-    "ponder_reduce",
-}
-_GENERATED_DATA = (
-    "style",
-    "side",
-    "min_path_moves",
-    "loops",
-    "labels",
-    "train_size",
-    "val_size",
-    "test_size",
-    "seed",
-)
-
-
-def inactive_reason(config: ConfigDict, key: str) -> str:
-    """Why a key does nothing under this config; "" if it acts.
-
-    Args:
-      config: finalized tree.
-      key: dotted name.
-    """
-    section, _, name = key.partition(".")
-    task, model = config.task.name, config.model.type
-    if section == "task" and name in _TASK_KEYS and task not in _TASK_KEYS[name]:
-        return f"task.name={task} has no such key (it is of {', '.join(_TASK_KEYS[name])})"
-    if key == "task.input_proj" and model != "act_rnn":
-        return f"model.type={model} always projects its input"
-    if section == "ut":
-        if model != "universal_transformer":
-            return f"model.type={model} is no universal_transformer"
-        needs_act = name.startswith("act_") or name in ("halt_bias", "halt_kernel")
-        if needs_act and not config.ut.act:
-            return "ut.act is False"
-    if section == "trm" and model != "trm":
-        return f"model.type={model} is not trm"
-    if section == "act" and model != "act_rnn":
-        if model == "trm" and name != "fixed_ponder_steps":
-            return "model.type=trm halts by its own head (section trm)"
-        if name not in _ACT_SHARED:
-            return f"model.type={model} has its own keys (section ut)"
-        if name != "fixed_ponder_steps" and not config.ut.act:
-            return "ut.act is False"
-    if section == "act" and model == "act_rnn":
-        kind = config.act.kind
-        if name in ("prior", "kl_weight") and kind != "pondernet":
-            return f"act.kind={kind} is not pondernet"
-        charged = name.startswith("time_penalty") or name in ("ponder_reduce", "epsilon")
-        if (charged or name == "disable_ponder_cost") and kind != "act":
-            return f"act.kind={kind} pays no time penalty"
-        if name == "embedding_size" and task not in FILE_TASKS:
-            return f"task.name={task} has no grid"
-        if name == "lstm_reset_cell" and config.act.cell != "lstm":
-            return f"act.cell={config.act.cell} is not lstm"
-        if name == "chunk" and config.act.execution != "chunked":
-            return f"act.execution={config.act.execution} is not chunked"
-    if section == "data" and name != "batch_size":
-        if task not in FILE_TASKS:
-            return f"task.name={task} is generated in the training step"
-        if name == "aug" and task != "maze":
-            return f"task.name={task} has no such symmetry"
-        if name in _GENERATED_DATA and config.data.dir != "generated":
-            return f"data.dir={config.data.dir} is read as it is"
-        if name == "loops" and config.data.style != "perfect":
-            return f"data.style={config.data.style} is not perfect"
-    if key in ("train.max_epochs", "train.save_every_epochs", "optim.warmup_epochs") and (
-        task not in FILE_TASKS
-    ):
-        return f"task.name={task} has no epochs"
-    if key == "optim.schedule_unit" and task not in FILE_TASKS:
-        return f"task.name={task} has no epochs"
-    if key.startswith("optim.warmup") and config.optim.schedule == "constant":
-        return "optim.schedule=constant has no warm-up"
-    if key == "optim.ema.decay" and not config.optim.ema.enabled:
-        return "optim.ema.enabled is False"
-    if key == "optim.decay_mask" and not config.optim.weight_decay:
-        return "optim.weight_decay is 0"
-    return ""
-
-
-def check_overrides(config: ConfigDict, keys: Iterable[str]) -> None:
-    """Refuse overrides that would do nothing.
-
-    Raises:
-      UserError: names the key and the reason.
-    """
-    for key in keys:
-        reason = inactive_reason(config, key)
-        if reason:
-            raise UserError(f"--config.{key} would be ignored: {reason}")
-
-
 def finalize(config: ConfigDict) -> list[str]:
     """Validate a parsed config.
 
@@ -307,7 +185,7 @@ def finalize(config: ConfigDict) -> list[str]:
       UserError: a value is out of range; the line names the key.
     """
     c = config
-    choices: dict[str, tuple[str, ...]] = {
+    choices = {
         "task.name": TASKS,
         "task.placement": ("prefix", "random"),
         "task.encoding": ("paper", "original"),
@@ -330,10 +208,8 @@ def finalize(config: ConfigDict) -> list[str]:
         "optim.schedule_unit": ("step", "epoch"),
         "parallel.mode": ("jit", "pmap"),
     }
-    for key, allowed in choices.items():
-        if _at(c, key) not in allowed:
-            raise UserError(f"config key {key}={_at(c, key)!r} is none of {', '.join(allowed)}")
-    for key in (
+    require_choices(c, choices)
+    positive = (
         "task.bits",
         "task.sequence_length",
         "task.max_digits",
@@ -367,10 +243,9 @@ def finalize(config: ConfigDict) -> list[str]:
         "eval.test_size",
         "eval.batch_size",
         "checkpoint.keep",
-    ):
-        if _at(c, key) < 1:
-            raise UserError(f"config key {key}={_at(c, key)} must be at least 1")
-    for key in (
+    )
+    require_at_least(c, positive, 1)
+    not_negative = (
         "act.time_penalty",
         "act.time_penalty_start",
         "act.time_penalty_warmup_steps",
@@ -393,16 +268,12 @@ def finalize(config: ConfigDict) -> list[str]:
         "train.max_walltime_s",
         "eval.every",
         "checkpoint.keep_every",
-    ):
-        if _at(c, key) < 0:
-            raise UserError(f"config key {key}={_at(c, key)} must not be negative")
-    for key in ("act.epsilon", "act.prior", "ut.act_epsilon", "optim.ema.decay"):
-        if not 0.0 < _at(c, key) < 1.0:
-            raise UserError(f"config key {key}={_at(c, key)} must lie between 0 and 1")
-    if not 0.0 <= c.trm.halt_exploration <= 1.0:
-        raise UserError(
-            f"config key trm.halt_exploration={c.trm.halt_exploration} must lie between 0 and 1"
-        )
+    )
+    require_at_least(c, not_negative, 0)
+    rule = "must lie between 0 and 1"
+    inside = ("act.epsilon", "act.prior", "ut.act_epsilon", "optim.ema.decay")
+    require_each(c, inside, lambda value: 0.0 < value < 1.0, rule)
+    require_each(c, ("trm.halt_exploration",), lambda value: 0.0 <= value <= 1.0, rule)
     if c.parallel.fsdp and c.parallel.mode != "jit":
         raise UserError("config key parallel.fsdp=True needs parallel.mode=jit")
     for low, high in (
@@ -412,8 +283,10 @@ def finalize(config: ConfigDict) -> list[str]:
         ("task.eval_min_length", "task.eval_max_length"),
         ("task.min_n", "task.max_n"),
     ):
-        if _at(c, low) > _at(c, high):
-            raise UserError(f"config key {low}={_at(c, low)} is larger than {high}={_at(c, high)}")
+        if value_at(c, low) > value_at(c, high):
+            raise UserError(
+                f"config key {low}={value_at(c, low)} is larger than {high}={value_at(c, high)}"
+            )
     if c.task.name in FILE_TASKS:
         if bool(c.train.max_steps) == bool(c.train.max_epochs):
             raise UserError("give one of train.max_steps and train.max_epochs (the other is 0)")
@@ -447,11 +320,11 @@ def finalize(config: ConfigDict) -> list[str]:
         )
     if c.model.type == "universal_transformer":
         for key in ("ut.key_depth", "ut.value_depth"):
-            if _at(c, key) % c.ut.heads:
-                raise UserError(f"config key {key}={_at(c, key)} must be a multiple of ut.heads")
-    for key in ("task.near_ood_bits", "task.ood_bits", "task.position_offset"):
-        if _at(c, key) < -1:
-            raise UserError(f"config key {key}={_at(c, key)} must be at least -1")
+            if value_at(c, key) % c.ut.heads:
+                raise UserError(
+                    f"config key {key}={value_at(c, key)} must be a multiple of ut.heads"
+                )
+    require_at_least(c, ("task.near_ood_bits", "task.ood_bits", "task.position_offset"), -1)
     refuse_negative(
         c,
         allowed=(
@@ -469,10 +342,3 @@ def finalize(config: ConfigDict) -> list[str]:
     if c.model.type == "act_rnn" and c.act.kind == "act" and c.act.time_limit == 1:
         warnings.append("act.time_limit=1 leaves one inner step: nothing can be adapted")
     return warnings
-
-
-def _at(config: ConfigDict, dotted: str) -> float:
-    value = config
-    for name in dotted.split("."):
-        value = value[name]
-    return value

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from common import dist
 from common.rundir import RunDir, atomic_write_json
 from reoac_jax.episodes import Episodes
-from reoac_jax.learner import LearnerState
 from reoac_jax.learner_paper import PaperEpisode
+from reoac_jax.learner_state import LearnerState
 from reoac_jax.models import Models
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Graded, Grader, PendingGrades

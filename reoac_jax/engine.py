@@ -10,14 +10,9 @@ from common.fsdp import Layout
 from common.spmd import ROWS, WHOLE, spmd
 from reoac_jax.backbone.base import Backbone
 from reoac_jax.episodes import Episodes
-from reoac_jax.learner import (
-    WHOLE_LAYOUT,
-    LearnerSettings,
-    LearnerState,
-    make_update_plus,
-    state_specs,
-)
+from reoac_jax.learner import make_update_plus
 from reoac_jax.learner_paper import make_update_paper
+from reoac_jax.learner_state import WHOLE_LAYOUT, LearnerSettings, LearnerState, state_specs
 from reoac_jax.rollout import rollout_plus
 from reoac_jax.rollout_paper import rollout_paper
 from reoac_jax.settings import RolloutSettings

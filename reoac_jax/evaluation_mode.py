@@ -14,7 +14,7 @@ from common.fsdp import Layout
 from reoac_jax.data import load_prompts
 from reoac_jax.engine import compile_rollout
 from reoac_jax.evaluate import format_table, run_policy, summary, write_report
-from reoac_jax.learner import LearnerSettings, LearnerState
+from reoac_jax.learner_state import LearnerSettings, LearnerState
 from reoac_jax.models import Models, load_models
 from reoac_jax.settings import RolloutSettings, evaluation_settings
 from reoac_jax.train import checkpoint_settings, fresh_state, grader_for, restored, stored

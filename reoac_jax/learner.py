@@ -1,197 +1,29 @@
-"""Updates: from a batch of graded episodes to new parameters, as one compiled call.
+"""The update of algo="plus": from graded episodes to new parameters, as one compiled call.
 
 Every update is a per-shard function (`common.spmd`): the small actor and critic work is done on
 all rows by every device, the backbone's forward and backward passes are split and summed.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
-from common.dist import DATA_AXIS
 from common.fsdp import Layout
 from common.lm.layers import Params
-from common.optim import make_optimizer
-from common.spmd import all_rows, own_slice, sum_over_devices
+from common.spmd import all_rows
 from reoac_jax import branch_losses, losses
-from reoac_jax.backbone.base import Backbone, Canvas
-from reoac_jax.counted_loss import counted_loss
+from reoac_jax.advantages import gae, normalise_advantages
+from reoac_jax.backbone.base import Backbone
+from reoac_jax.backbone_gradient import backbone_gradient
 from reoac_jax.episodes import Episodes
-from reoac_jax.masked_diffusion import noise_canvas
-from reoac_jax.networks import (
-    FeatureStats,
-    heads_apply,
-    init_heads,
-    init_stats,
-    normalise,
-    update_stats,
-)
-from reoac_jax.settings import Agent
+from reoac_jax.learner_state import WHOLE_LAYOUT, LearnerSettings, LearnerState, Metrics
+from reoac_jax.learner_state import init_state as init_state
+from reoac_jax.learner_state import state_specs as state_specs
+from reoac_jax.networks import heads_apply, normalise, update_stats
 from reoac_jax.types import OPERATORS
-
-Metrics = dict[str, jax.Array]
-WHOLE_LAYOUT = Layout()
-
-
-@flax.struct.dataclass
-class LearnerState:
-    """Everything that training changes; the checkpoint's arrays.
-
-    Attributes:
-      actor, critic: head parameters; target_critic: slow copy that values are read from (plus).
-      stats: running feature statistics.
-      backbone: parameters of the language model (not stored in checkpoints when it is frozen).
-      actor_opt, critic_opt, backbone_opt: optimizer states; backbone_opt is () when frozen.
-      iteration: [] int32.
-    """
-
-    actor: Params
-    critic: Params
-    target_critic: Params
-    stats: FeatureStats
-    backbone: Any
-    actor_opt: Any
-    critic_opt: Any
-    backbone_opt: Any
-    iteration: jax.Array
-
-    @property
-    def agent(self) -> Agent:
-        """The policy part."""
-        return Agent(self.actor, self.critic, self.stats)
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnerSettings:
-    """Static settings of the updates; hashable."""
-
-    algo: str
-    group_size: int
-    cost_lambda: float
-    max_cost: float
-    max_steps: int
-    gamma: float
-    gae_lambda: float
-    clip: float
-    entropy_weight: float
-    advantage_scale: str
-    epochs: int
-    minibatch: int
-    target_decay: float
-    train_backbone: bool
-    branch_weight: float
-    pg_weight: float
-    sft_weight: float
-    backbone_batch: int
-    backbone_rows: int
-    actor_temperature: float
-    advantage_positive: bool
-    advantage_clip: float
-    critic_steps: int
-    actor_steps: int
-    backbone_steps: int
-    weights: tuple[float, float, float]
-    actor_dropout: float
-    critic_dropout: float
-    optim: tuple[tuple[str, float], ...]
-
-    @classmethod
-    def from_config(cls, config: ConfigDict, max_cost: float) -> "LearnerSettings":
-        """Settings of a full configuration tree; max_cost is the dearest operator's price."""
-        loss, update = config.losses, config.updates
-        return cls(
-            algo=config.algo,
-            group_size=config.rollout.group_size,
-            cost_lambda=config.rollout.cost_lambda,
-            max_cost=max_cost,
-            max_steps=config.rollout.max_steps,
-            gamma=loss.gamma,
-            gae_lambda=loss.gae_lambda,
-            clip=loss.clip,
-            entropy_weight=loss.entropy_weight,
-            advantage_scale=loss.advantage_scale,
-            epochs=update.epochs,
-            minibatch=update.minibatch,
-            target_decay=update.target_decay,
-            train_backbone=config.finetune_mode != "none",
-            branch_weight=loss.branch_weight,
-            pg_weight=loss.backbone_pg_weight,
-            sft_weight=loss.backbone_sft_weight,
-            backbone_batch=update.backbone_batch,
-            backbone_rows=update.backbone_rows,
-            actor_temperature=loss.actor_temperature,
-            advantage_positive=loss.advantage_positive,
-            advantage_clip=loss.advantage_clip,
-            critic_steps=update.critic_steps,
-            actor_steps=update.actor_steps,
-            backbone_steps=update.backbone_steps,
-            actor_dropout=config.actor.dropout,
-            critic_dropout=config.critic.dropout,
-            weights=(loss.critic_weight, loss.actor_weight, loss.backbone_weight),
-            optim=tuple(sorted(config.optim.items())),
-        )
-
-    def optimizer(self, name: str, layout: Layout | None = None) -> optax.GradientTransformation:
-        """AdamW of "actor", "critic" or "backbone"; layout: where its parameters lie."""
-        o = dict(self.optim)
-        return make_optimizer(
-            o[f"{name}_lr"],
-            weight_decay=o["weight_decay"],
-            grad_clip=o["grad_clip"],
-            warmup=int(o["warmup"]),
-            norm=layout.norm if layout else optax.global_norm,
-        )
-
-
-def init_state(
-    key: jax.Array,
-    settings: LearnerSettings,
-    params: Params,
-    num_features: int,
-    actor_hidden: int,
-    critic_hidden: int,
-    trainable: Callable[[Params], Params] = lambda params: params,
-) -> LearnerState:
-    """Fresh heads and optimizers around given backbone parameters.
-
-    Args:
-      trainable: params -> the part of them that is trained, see `Finetuning`.
-    """
-    actor, critic = init_heads(
-        key, num_features, actor_hidden=actor_hidden, critic_hidden=critic_hidden
-    )
-    backbone_opt: Any = ()
-    if settings.train_backbone:
-        backbone_opt = settings.optimizer("backbone").init(trainable(params))
-    return LearnerState(
-        actor=actor,
-        critic=critic,
-        target_critic=jax.tree.map(jnp.copy, critic),
-        stats=init_stats(num_features),
-        backbone=params,
-        actor_opt=settings.optimizer("actor").init(actor),
-        critic_opt=settings.optimizer("critic").init(critic),
-        backbone_opt=backbone_opt,
-        iteration=jnp.int32(0),
-    )
-
-
-def state_specs(state: LearnerState, layout: Layout) -> LearnerState:
-    """Partition specs of a learner's state: heads whole everywhere, the backbone by its layout.
-
-    Args:
-      state: arrays or their shapes.
-    """
-    specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), state)
-    return dataclasses.replace(
-        specs, backbone=layout.specs(state.backbone), backbone_opt=layout.specs(state.backbone_opt)
-    )
 
 
 def step_rewards(
@@ -240,8 +72,8 @@ def make_update_plus(
         value = jnp.sum(policy * heads_apply(state.target_critic, seen), axis=-1)  # [B, T]
         value = jnp.where(active, value, 0.0)
         rewards = step_rewards(settings, steps.cost, active, reward)
-        advantage, returns = losses.gae(rewards, value, active, settings.gamma, settings.gae_lambda)
-        advantage = losses.normalise_advantages(
+        advantage, returns = gae(rewards, value, active, settings.gamma, settings.gae_lambda)
+        advantage = normalise_advantages(
             advantage, active, settings.group_size, scale_by=settings.advantage_scale
         )
 
@@ -327,7 +159,7 @@ def make_update_plus(
             gen_after = jnp.where(
                 following[..., None], jnp.roll(steps.gen_before, -1, axis=1), final_ids[:, None]
             )
-            grads, backbone_metrics = _backbone_gradient(
+            grads, backbone_metrics = backbone_gradient(
                 backbone,
                 settings,
                 layout,
@@ -406,123 +238,3 @@ def _episode_metrics(
         "critic/explained_variance": 1.0 - residual / jnp.maximum(spread, 1e-8),
     }
     return metrics | {f"operator/{n}": u for n, u in zip(OPERATORS, usage, strict=True)}
-
-
-def _backbone_gradient(
-    backbone: Backbone,
-    settings: LearnerSettings,
-    layout: Layout,
-    params: Params,
-    canvas: Canvas,
-    gen_before: jax.Array,
-    gen_after: jax.Array,
-    written: jax.Array,
-    advantage: jax.Array,
-    target: jax.Array,
-    row_key: jax.Array,
-    noise_key: jax.Array,
-) -> tuple[Params, Metrics]:
-    """Gradient of the backbone's policy-gradient and supervised terms over drawn decisions.
-
-    Each drawn decision (b, t) contributes two rows: its own canvas with the tokens written there,
-    weighted by the advantage, and its prompt with the noised gold canvas.
-
-    Args:
-      gen_before, gen_after: [B, T, G] int32; written: bool [B, T, G]; advantage: [B, T].
-      target: [B, G] int32.
-
-    Returns:
-      this device's share of the gradient, and metrics, equal on all devices.
-    """
-    batch, horizon, gen_len = written.shape
-    useful = jnp.any(written, axis=2).reshape(-1)
-    count = min(settings.backbone_rows or batch * horizon, batch * horizon)
-    micro = settings.backbone_batch
-    devices = jax.lax.axis_size(DATA_AXIS)
-    rows = -(-count // (micro * devices)) * micro * devices
-    # Useful decisions first, in random order; what is left over fills up with weight zero.
-    rank = jax.random.uniform(row_key, useful.shape) + (~useful)
-    order = jnp.argsort(rank)
-    index = jnp.resize(order, (rows,))
-    real = useful[index] & (jnp.arange(rows) < count)
-    level_key, noise_key = jax.random.split(noise_key)
-    keys = jax.vmap(lambda i: jax.random.fold_in(noise_key, i))(jnp.arange(rows))
-    # Over the rows that count, not the padded ones: else they would change with the devices.
-    level = jnp.resize((jax.random.permutation(level_key, count) + 0.5) / count, (rows,))
-
-    def noise(key: jax.Array, t: jax.Array, gold: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ids, hidden = noise_canvas(key, t[None], gold[None], backbone.mask_id)
-        return ids[0], hidden[0]
-
-    row, t = index // horizon, index % horizon
-    noised, hidden = jax.vmap(noise)(keys, level, target[row])
-    chosen = {
-        "canvas": jax.tree.map(lambda x: x[row], canvas),
-        "before": gen_before[row, t],
-        "after": gen_after[row, t],
-        "written": written[row, t] & real[:, None],
-        "advantage": advantage[row, t],
-        "noised": noised,
-        "hidden": hidden & real[:, None],
-        "gold": target[row],
-    }
-    num_written = jnp.maximum(chosen["written"].sum(), 1)
-    num_hidden = jnp.maximum(chosen["hidden"].sum(), 1)
-    mine = jax.tree.map(own_slice, chosen)
-    mine = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), mine)
-
-    def states(p: Params, context: Any, part: Any, ids: jax.Array) -> jax.Array:
-        level = jnp.mean(ids == backbone.mask_id, axis=1)
-        return backbone.score(p, context, part["canvas"], ids, level).hidden
-
-    def loss(p: Params, part: Any) -> tuple[jax.Array, Metrics]:
-        # Sums over this micro-batch, divided by the counts of the whole update.
-        context = backbone.begin(p, part["canvas"])
-        terms = []
-        if settings.pg_weight:
-            weight = jnp.where(part["written"], part["advantage"][:, None], 0.0) / num_written
-            hidden = states(p, context, part, part["before"])
-            terms.append(("backbone/pg", settings.pg_weight, hidden, part["after"], weight))
-        if settings.sft_weight:
-            weight = part["hidden"].astype(jnp.float32) / num_hidden
-            hidden = states(p, context, part, part["noised"])
-            terms.append(("backbone/sft", settings.sft_weight, hidden, part["gold"], weight))
-        metrics = {"backbone/pg": jnp.float32(0.0), "backbone/sft": jnp.float32(0.0)}
-        if not terms:
-            return jnp.float32(0.0), metrics | {"backbone/loss": jnp.float32(0.0)}
-        total, nll = counted_loss(
-            *backbone.training_head(p),
-            jnp.concatenate([hidden.reshape(-1, hidden.shape[-1]) for _, _, hidden, _, _ in terms]),
-            jnp.concatenate([ids.reshape(-1) for _, _, _, ids, _ in terms]),
-            jnp.concatenate([factor * weight.reshape(-1) for _, factor, _, _, weight in terms]),
-        )
-        for (name, _, _, _, weight), part_nll in zip(
-            terms, jnp.split(nll, len(terms)), strict=True
-        ):
-            metrics[name] = jnp.sum(weight.reshape(-1) * part_nll)
-        return settings.weights[2] * total, metrics | {"backbone/loss": total}
-
-    tuning = backbone.finetuning
-    trained = tuning.trainable(params)
-    drop_key = jax.random.fold_in(noise_key, rows)
-
-    def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
-        index, part = part
-        key = jax.random.fold_in(drop_key, index)
-
-        def of_trained(values: Params) -> tuple[jax.Array, Metrics]:
-            return loss(tuning.forward(params, values, key), part)
-
-        (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(trained)
-        return jax.tree.map(jnp.add, carry, (grads, metrics)), None
-
-    zero = jnp.float32(0.0)
-    start = (
-        jax.tree.map(jnp.zeros_like, trained),
-        {"backbone/pg": zero, "backbone/sft": zero, "backbone/loss": zero},
-    )
-    turns = rows // (micro * devices)
-    # Numbered over all devices, so that no two micro-batches drop the same inputs.
-    numbers = jax.lax.axis_index(DATA_AXIS) * turns + jnp.arange(turns)
-    (grads, metrics), _ = jax.lax.scan(accumulate, start, (numbers, mine))
-    return layout.reduce(grads), sum_over_devices(metrics)

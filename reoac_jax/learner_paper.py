@@ -16,7 +16,7 @@ from common.spmd import own_slice, sum_over_devices
 from reoac_jax import losses
 from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.counted_loss import counted_loss
-from reoac_jax.learner import WHOLE_LAYOUT, LearnerSettings, LearnerState, Metrics
+from reoac_jax.learner_state import WHOLE_LAYOUT, LearnerSettings, LearnerState, Metrics
 from reoac_jax.networks import heads_apply
 from reoac_jax.rollout_paper import noise_level
 from reoac_jax.settings import RolloutSettings

@@ -29,8 +29,8 @@ from reoac_jax.data import load_prompts
 from reoac_jax.engine import compile_rollout, compile_update
 from reoac_jax.episodes import Episodes
 from reoac_jax.evaluate import format_table, run_policy, summary, write_report
-from reoac_jax.learner import LearnerSettings, LearnerState, init_state, state_specs
 from reoac_jax.learner_paper import PaperEpisode
+from reoac_jax.learner_state import LearnerSettings, LearnerState, init_state, state_specs
 from reoac_jax.models import Models, load_models
 from reoac_jax.prompts import PromptSet, make_canvas
 from reoac_jax.rewards import Grader

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from common.dist import make_mesh, replicate
-from reoac_jax import learner, losses
+from reoac_jax import learner_state, losses
 from reoac_jax.engine import compile_update
 from reoac_jax.episodes import Episodes
 from reoac_jax.learner import LearnerSettings, LearnerState, init_state, step_rewards
@@ -49,7 +49,7 @@ def compiled(settings: LearnerSettings) -> Any:
 @pytest.fixture
 def plain_descent(monkeypatch: pytest.MonkeyPatch) -> None:
     """p <- p - rate * gradient: the change of the parameters shows the gradient itself."""
-    monkeypatch.setattr(learner, "make_optimizer", lambda rate, **_: optax.sgd(rate))
+    monkeypatch.setattr(learner_state, "make_optimizer", lambda rate, **_: optax.sgd(rate))
 
 
 def same(left: Any, right: Any) -> bool:
