@@ -16,18 +16,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bench.reoac_embedded import THRESHOLDS, Row, threshold_row, trained
-from common import dist, log
+from bench.reoac_embedded import THRESHOLDS, Row, evaluate, threshold_row, trained
+from common import log
 from common.flags import load_config
 from common.rundir import atomic_write, atomic_write_json
 from reoac_jax.data import load_prompts
 from reoac_jax.defaults import finalize
-from reoac_jax.engine import compile_rollout
-from reoac_jax.evaluate import run_policy
 from reoac_jax.models import load_models
 from reoac_jax.settings import RolloutSettings
 from reoac_jax.train import grader_for
@@ -77,25 +74,9 @@ def measure(name: str, config: ConfigDict, root: Path) -> dict[str, list[float]]
         return json.loads(path.read_text())
     models = load_models(config)
     learner = trained(config, models, root / slug)
-    mesh = dist.make_mesh(1)
     # As trained: O_BRANCH is one operator among others, no step is forced to look ahead.
-    settings = RolloutSettings.from_config(config, selection_mode="argmax", save_relation=False)
-    rollout = compile_rollout(models.backbone, settings, models.tables, config.algo, mesh)
     prompts = load_prompts(config, "test", models.tokenizer)
-    with grader_for(config, models, evaluation=True) as grader:
-        result = run_policy(
-            rollout,
-            learner.backbone,
-            learner.agent,
-            prompts,
-            grader,
-            mesh,
-            jax.random.key(config.seed + 1000),
-            mask_id=models.backbone.mask_id,
-            pad_id=models.backbone.pad_id,
-            batch_size=config.eval.batch_size,
-            progress=name,
-        )
+    result = evaluate(config, models, learner, prompts, "argmax", progress=name)
     found = {
         "rewards": result.rewards.tolist(),
         "costs": result.costs.tolist(),

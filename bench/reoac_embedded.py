@@ -105,8 +105,10 @@ def threshold_row(models: Models, config: Any, prompts: Any, grader: Any, tau: f
     return row
 
 
-def evaluate(config: Any, models: Models, learner: Any, prompts: Any, mode: str) -> Evaluation:
-    """One greedy (or random, or fixed) evaluation of a learner state."""
+def evaluate(
+    config: Any, models: Models, learner: Any, prompts: Any, mode: str, progress: str = ""
+) -> Evaluation:
+    """One greedy (or random, or fixed) evaluation of a learner state; `progress` names its bar."""
     mesh = dist.make_mesh(1)
     settings = RolloutSettings.from_config(config, selection_mode=mode, save_relation=False)
     rollout = compile_rollout(models.backbone, settings, models.tables, config.algo, mesh)
@@ -122,7 +124,7 @@ def evaluate(config: Any, models: Models, learner: Any, prompts: Any, mode: str)
             mask_id=models.backbone.mask_id,
             pad_id=models.backbone.pad_id,
             batch_size=config.eval.batch_size,
-            progress=f"{config.algo} {mode}",
+            progress=progress or f"{config.algo} {mode}",
         )
 
 

@@ -5,22 +5,12 @@
 Needs a GPU and the data set in hub layout under task.data_root. Settings of the published tables;
 what those numbers are worth is told in README.md.
 
-Variants
-  (none)   DeepSeek-R1-Distill-Qwen-1.5B.
-  r1_7b    DeepSeek-R1-Distill-Qwen-7B.
-  qwen_3b  Qwen2.5-3B-Instruct.
-  qwen_7b  Qwen2.5-7B-Instruct.
-  tuned    the 1.5B model; layer and strength are chosen on a dev part first.
+Variants, told in `esm.published`: r1_7b, qwen_3b, qwen_7b, tuned.
 """
 
-from ml_collections import ConfigDict
+import functools
 
-from esm.published import VARIANTS as PUBLISHED
-from esm.published import published_config
+from esm import published
 
-VARIANTS = PUBLISHED
-
-
-def get_config(variant: str = "") -> ConfigDict:
-    """The configuration of a variant."""
-    return published_config("amc23", variant)
+VARIANTS = published.VARIANTS
+get_config = functools.partial(published.published_config, "amc23")

@@ -2,7 +2,14 @@
 
 The published numbers were chosen among a grid of layers and strengths on the evaluated questions,
 and single-split sets were evaluated on mined questions too. Here the evaluated part starts behind
-the mined one, and the variant `tuned` chooses layer and strength on a dev part of its own.
+the mined one.
+
+Variants of every data set's config file
+  (none)   DeepSeek-R1-Distill-Qwen-1.5B.
+  r1_7b    DeepSeek-R1-Distill-Qwen-7B.
+  qwen_3b  Qwen2.5-3B-Instruct.
+  qwen_7b  Qwen2.5-7B-Instruct.
+  tuned    the 1.5B model; layer and strength are chosen on a dev part of its own first.
 """
 
 from typing import NamedTuple
