@@ -96,7 +96,9 @@ def get_default_config() -> ConfigDict:
     for name, tokens in zip(OPERATORS, (16, 16, 32, 32, 64), strict=True):
         c.operators[name] = ConfigDict()
         c.operators[name].k = tokens  # max_tokens or scope_len
-        c.operators[name].step_scale = 1.0  # plus: multiplies the pace
+        c.operators[name].step_scale = 1.0  # plus: multiplies the pace; 0 = at least one position
+        c.operators[name].threshold = 0.0  # plus: also write all of this confidence; 0 = off
+        c.operators[name].factor = 0.0  # plus: also write by the factor rule; 0 = off
     c.operators.O_BRANCH.branch_depth = 1
     c.operators.O_FAST.step_scale = 1.5
 

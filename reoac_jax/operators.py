@@ -25,7 +25,10 @@ class OperatorSpec(NamedTuple):
         max_tokens: most positions of O_NUM and O_OP.
         scope_len: most positions of O_SCOPE, O_BRANCH and O_FAST.
         branch_depth: decisions looked ahead by O_BRANCH; part of its cost.
-        step_scale: multiplies the pace of the "plus" method.
+        step_scale: multiplies the pace of the "plus" method; 0 = at least one position, which needs
+            a confidence rule.
+        threshold: plus: also write every candidate of at least this confidence; 0 = off.
+        factor: plus: also write by the factor rule (`reoac_jax.unmasking`); 0 = off.
     """
 
     name: str
@@ -33,11 +36,18 @@ class OperatorSpec(NamedTuple):
     scope_len: int = 32
     branch_depth: int = 1
     step_scale: float = 1.0
+    threshold: float = 0.0
+    factor: float = 0.0
 
     @property
     def limit(self) -> int:
         """Most positions one execution may flag."""
         return self.max_tokens if self.name in ("O_NUM", "O_OP") else self.scope_len
+
+    @property
+    def by_confidence(self) -> bool:
+        """Whether a confidence rule adds to what is written."""
+        return self.threshold > 0 or self.factor > 0
 
     @property
     def cost(self) -> float:
@@ -128,10 +138,24 @@ def operator_params(entries: Sequence[Mapping[str, Any] | str] | None = None) ->
                 raise UserError(
                     f"operators: {name}.{field} = {value!r} must be a whole number >= {lowest}"
                 )
-        if not spec.step_scale > 0:
-            raise UserError(f"operators: {name}.step_scale = {spec.step_scale} must be above 0")
+        _check_amount(spec)
         specs.append(spec)
     return OperatorParams(tuple(specs))
+
+
+def _check_amount(spec: OperatorSpec) -> None:
+    """Refuses values that say nothing about how much an operator writes."""
+    if not 0.0 <= spec.threshold <= 1.0:
+        raise UserError(
+            f"operators: {spec.name}.threshold = {spec.threshold} must lie between 0 and 1"
+        )
+    if not spec.factor >= 0.0:
+        raise UserError(f"operators: {spec.name}.factor = {spec.factor} must not be negative")
+    if spec.step_scale < 0 or not (spec.step_scale > 0 or spec.by_confidence):
+        raise UserError(
+            f"operators: {spec.name}.step_scale = {spec.step_scale} must be above 0 "
+            "(0 needs a threshold or a factor)"
+        )
 
 
 def operator_costs(params: OperatorParams) -> jax.Array:
@@ -219,8 +243,9 @@ def plus_operator_masks(
 
     Candidates are the masked positions, or all written ones when nothing is masked. O_NUM and O_OP
     take those whose predicted token is of the class, O_SCOPE the left-most scope_len, O_FAST the
-    most confident scope_len. Of these the ceil(pace * step_scale) most confident are written; in a
-    complete row the ceil(remask_ratio * number) least confident are masked again.
+    most confident scope_len. Of these the ceil(pace * step_scale) most confident are written (at
+    least one), and those that the operator's threshold or factor rule calls sure; in a complete row
+    the ceil(remask_ratio * number) least confident are masked again.
 
     Args:
         tables: lookup tables.
@@ -276,7 +301,28 @@ def plus_operator_masks(
     scale = jnp.asarray([spec.step_scale for spec in params.specs], jnp.float32)
     # The small offset keeps products such as 10 * 0.3 from being rounded up twice.
     due = jnp.ceil(pace.astype(jnp.float32)[:, None] * scale - 1e-4)
+    if any(spec.by_confidence for spec in params.specs):
+        due = jnp.maximum(due, _sure(params, confidence, flags, rank_inside))
     again = jnp.ceil(size * remask_ratio - 1e-4)
     write = flags & (rank_inside < due[..., None]) & writing[:, None, None]
     remask = flags & (rank_inside >= (size - again)[..., None]) & ~writing[:, None, None]
     return PlusMasks(write, remask, jnp.any(write | remask, axis=2))
+
+
+def _sure(
+    params: OperatorParams, confidence: jax.Array, flags: jax.Array, rank_inside: jax.Array
+) -> jax.Array:
+    """Number [B, A] f32 of candidates that an operator's confidence rules call sure, at least one.
+
+    Confident candidates come first in every operator's order, so a count says which ones.
+
+    Args:
+        params: the operators; confidence: [B, G]; flags: bool [B, A, G], candidates of each.
+        rank_inside: [B, A, G] f32, place among them, the most confident first.
+    """
+    at_least = jnp.ones(flags.shape[:2], jnp.float32)
+    threshold = jnp.asarray([spec.threshold for spec in params.specs], jnp.float32)[:, None]
+    factor = jnp.asarray([spec.factor for spec in params.specs], jnp.float32)[:, None]
+    sure = (threshold > 0) & (confidence[:, None] >= threshold)
+    sure |= (rank_inside + 2.0) * (1.0 - confidence[:, None]) < factor
+    return jnp.maximum(at_least, jnp.max(jnp.where(flags & sure, rank_inside + 1.0, 0.0), axis=2))

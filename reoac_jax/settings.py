@@ -138,7 +138,8 @@ def read_operators(section: ConfigDict) -> OperatorParams:
     for name in OPERATORS:
         given = section[name]
         limit = "max_tokens" if name in ("O_NUM", "O_OP") else "scope_len"
-        params = {limit: given.k, "step_scale": given.step_scale}
+        params = {limit: given.k}
+        params |= {key: given[key] for key in ("step_scale", "threshold", "factor")}
         if name == "O_BRANCH":
             params["branch_depth"] = given.branch_depth
         entries.append({"id": name, "params": params})

@@ -43,6 +43,9 @@ def tables() -> Tables:
         ({"id": "O_BRANCH", "params": {"branch_depth": -1}}, "branch_depth"),
         ({"id": "O_NUM", "params": {"scale": 1}}, "scale"),
         ({"id": "O_NUM", "params": {"step_scale": 0.0}}, "step_scale"),
+        ({"id": "O_NUM", "params": {"step_scale": -1.0, "factor": 1.0}}, "step_scale"),
+        ({"id": "O_NUM", "params": {"threshold": 1.5}}, "threshold"),
+        ({"id": "O_NUM", "params": {"factor": -0.5}}, "factor"),
     ],
 )
 def test_bad_entries(entry: dict[str, Any], part: str) -> None:
@@ -121,7 +124,15 @@ def slow_plus(
             ]
         order = [j for j in best_first if j in chosen]
         if waiting:
-            writes.append(set(order[: math.ceil(pace * spec.step_scale - 1e-4)]))
+            due = max(1, math.ceil(pace * spec.step_scale - 1e-4))
+            if spec.threshold:
+                due = max(due, sum(confidence[j] >= spec.threshold for j in order))
+            if spec.factor:
+                sure = [
+                    n for n, j in enumerate(order, 1) if (n + 1) * (1 - confidence[j]) < spec.factor
+                ]
+                due = max(due, *sure, 0)
+            writes.append(set(order[:due]))
             remasks.append(set())
         else:
             number = math.ceil(len(order) * ratio - 1e-4)
@@ -130,17 +141,28 @@ def slow_plus(
     return writes, remasks
 
 
-def test_plus_masks_against_positions_one_by_one(tables: Tables) -> None:
+BY_PACE: dict[str, dict[str, float]] = {
+    "O_NUM": {},
+    "O_OP": {"step_scale": 2.0},
+    "O_SCOPE": {"scope_len": 5},
+    "O_BRANCH": {},
+    "O_FAST": {"scope_len": 4, "step_scale": 1.5},
+}
+BY_CONFIDENCE: dict[str, dict[str, float]] = {
+    "O_NUM": {"step_scale": 0.0, "threshold": 0.6},
+    "O_OP": {"threshold": 0.4, "factor": 0.8},
+    "O_SCOPE": {"scope_len": 9, "step_scale": 0.0, "factor": 1.7},
+    "O_BRANCH": {},
+    "O_FAST": {"scope_len": 4, "step_scale": 0.0, "threshold": 0.8},
+}
+
+
+@pytest.mark.parametrize("given", [BY_PACE, BY_CONFIDENCE], ids=["pace", "confidence"])
+def test_plus_masks_against_positions_one_by_one(
+    tables: Tables, given: dict[str, dict[str, float]]
+) -> None:
     rng = np.random.default_rng(4)
-    params = operator_params(
-        [
-            {"id": "O_NUM"},
-            {"id": "O_OP", "params": {"step_scale": 2.0}},
-            {"id": "O_SCOPE", "params": {"scope_len": 5}},
-            {"id": "O_BRANCH"},
-            {"id": "O_FAST", "params": {"scope_len": 4, "step_scale": 1.5}},
-        ]
-    )
+    params = operator_params([{"id": name, "params": given[name]} for name in given])
     batch, length = 40, 12
     pred = rng.integers(0, len(STRINGS), (batch, length)).astype(np.int32)
     confidence = rng.integers(0, 5, (batch, length)).astype(np.float32) / 5  # many ties
