@@ -22,10 +22,16 @@ import numpy as np
 from absl import logging as absl_logging
 
 from common.errors import UserError, require
+from common.json_files import NotJson, check_fields, check_version, parse_json
 from common.processes import is_main, on_main
 from common.rundir import atomic_write_json
 
 SUMMARY = "summary.json"
+FORMAT = 1
+"""Of a step: what its items and `summary.json` hold. A step without the number is of the first."""
+
+_VERSION = ("format", FORMAT)
+_NEWER_CURE = "start in another --workdir"
 _SHOWN_DIFFERENCES = 8
 
 
@@ -63,7 +69,9 @@ class Checkpointer:
         # Orbax refuses relative paths, and only after the save has begun.
         self.directory = Path(directory).expanduser().resolve()
         if read_only and not self.directory.is_dir():
-            raise UserError(f"{directory}: no such checkpoint directory; train first or mend it")
+            raise UserError(
+                f"{directory}: no such checkpoint directory; train first, or name another one"
+            )
         self._keep = keep
         self._keep_every = keep_every
         self._best = best
@@ -117,6 +125,7 @@ class Checkpointer:
         if step == self._last_saved:
             return
         document = {
+            "format": FORMAT,
             "host": dict(host),
             "settings": self._settings,
             "leaves": _describe(state),
@@ -158,7 +167,9 @@ class Checkpointer:
     def _summarise(self, step: int, metric: float | None) -> None:
         directory = self.directory / str(step)
         checksums = {name: _checksum(directory / name) for name in _files(directory)}
-        atomic_write_json(directory / SUMMARY, {"metric": metric, "files": checksums})
+        atomic_write_json(
+            directory / SUMMARY, {"format": FORMAT, "metric": metric, "files": checksums}
+        )
 
     def restore(
         self, target_state: Any, step: int | None = None, partial: bool = False
@@ -194,7 +205,8 @@ class Checkpointer:
             except _Damaged as error:
                 if step is not None:
                     raise UserError(
-                        f"checkpoint {number} in {self.directory} is damaged ({error})"
+                        f"checkpoint {number} in {self.directory} is damaged ({error}); name "
+                        "another step, or restore a copy"
                     ) from error
                 if is_main():
                     print(
@@ -251,6 +263,7 @@ class Checkpointer:
             )["host"],
             verified,
         )
+        _check_document(directory, document)
         self._compare_settings(step, document["settings"], partial)
         _compare_leaves(directory, document["leaves"], _describe(target_state), partial)
         target = jax.tree.map(lambda leaf: _abstract(_storable(leaf)), target_state)
@@ -326,13 +339,19 @@ def _checksum(path: Path) -> int:
 
 def _verify(directory: Path) -> bool:
     """Checks the files of a step; False when it was killed before its checksums were written."""
+    path = directory / SUMMARY
     try:
-        expected = json.loads((directory / SUMMARY).read_text())["files"]
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         return False
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, NotJson) as error:
         raise _Damaged(f"{SUMMARY} is not valid") from error
-    for name, checksum in expected.items():
+    if not isinstance(content, dict):
+        raise _Damaged(f"{SUMMARY} is not valid")
+    check_version(content, path, _VERSION, _NEWER_CURE)
+    if problem := check_fields(content, {"files": dict}):
+        raise _Damaged(f"{SUMMARY} {problem}")
+    for name, checksum in content["files"].items():
         try:
             actual = _checksum(directory / name)
         except OSError as error:
@@ -340,6 +359,23 @@ def _verify(directory: Path) -> bool:
         if actual != checksum:
             raise _Damaged(f"{name} has changed since it was written")
     return True
+
+
+def _check_document(directory: Path, document: Any) -> None:
+    """Checks the form of the JSON item of a step.
+
+    Raises:
+        UserError: a later version wrote it.
+        _Damaged: it is none of ours.
+    """
+    if not isinstance(document, dict):
+        raise _Damaged("its JSON item is no object")
+    check_version(document, directory, _VERSION, _NEWER_CURE)
+    if problem := check_fields(document, {"host": dict, "settings": dict, "leaves": dict}):
+        raise _Damaged(f"its JSON item {problem}")
+    for name, leaf in document["leaves"].items():
+        if not (isinstance(leaf, list) and len(leaf) == 2 and isinstance(leaf[0], list)):
+            raise _Damaged(f"its JSON item says nothing about {name}")
 
 
 def _verify_together(directory: Path) -> bool:
@@ -418,7 +454,10 @@ def _compare_leaves(
         elif saved[name][0] != wanted[name][0] or (not partial and saved[name] != wanted[name]):
             changes.append(f"{name}: saved {_shown(saved[name])}, wanted {_shown(wanted[name])}")
     if changes:
-        raise UserError(f"checkpoint {directory} does not fit the model: {_shortened(changes)}")
+        raise UserError(
+            f"checkpoint {directory} does not fit the model: {_shortened(changes)}; give the "
+            "settings of its run, or name another one"
+        )
 
 
 def _shown(leaf: list[Any]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.json_files import NotJson, kind_of, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -35,7 +35,7 @@ def read_records(path: str | Path, limit: int = 0) -> list[dict[str, Any]]:
         raise UserError(f"{path}: unknown file type; use one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         what = "is a directory, not a file" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {what}")
+        raise UserError(f"{path}: {what}; name a file with records")
     try:
         if path.suffix == ".jsonl":
             records = _read_jsonl(path, limit)
@@ -44,18 +44,11 @@ def read_records(path: str | Path, limit: int = 0) -> list[dict[str, Any]]:
         else:
             records = _read_parquet(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); mend it or copy it again") from error
     if not records:
-        raise UserError(f"{path}: holds no records")
+        raise UserError(f"{path}: holds no records; name a file with some, or write it again")
     return records[:limit] if limit else records
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        # utf-8-sig: files saved by Windows editors start with a byte-order mark.
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start}); convert the file") from None
 
 
 def _read_jsonl(path: Path, limit: int) -> list[dict[str, Any]]:
@@ -63,12 +56,11 @@ def _read_jsonl(path: Path, limit: int) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         for number, raw in _numbered_lines(file):
             where = f"{path}:{number}"
-            text = _decode(raw, where)
             try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
+                record = parse_json(raw)
+            except NotJson as error:
                 cut = "" if raw.endswith(b"\n") else " (the last line; is the file truncated?)"
-                raise UserError(f"{where}: not valid JSON: {error.msg}{cut}") from None
+                raise UserError(f"{where}: {error}{cut}; mend the line or copy the file") from None
             records.append(_as_object(record, where))
             if limit and len(records) == limit:
                 break
@@ -82,15 +74,19 @@ def _numbered_lines(file: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_json(path: Path) -> list[dict[str, Any]]:
-    text = _decode(path.read_bytes(), str(path))
-    if not text.strip():
-        raise UserError(f"{path}: holds no records")
+    raw = path.read_bytes()
+    if not raw.strip():
+        return []
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        content = parse_json(raw)
+    except NotJson as error:
+        where = f"{path}:{error.line}" if error.line else str(path)
+        raise UserError(f"{where}: {error}; mend the line or copy the file") from None
     if not isinstance(content, list):
-        raise UserError(f"{path}: must hold one list of objects, not {_kind(content)}")
+        raise UserError(
+            f"{path}: must hold one list of objects, not {kind_of(content)}; put [ and ] around "
+            "the records, or write one a line into a .jsonl file"
+        )
     return [_as_object(record, f"{path}: record {i}") for i, record in enumerate(content)]
 
 
@@ -104,18 +100,15 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable parquet file: {reason}") from None
+        raise UserError(
+            f"{path}: not a readable parquet file: {reason}; mend it or copy it again"
+        ) from None
 
 
 def _as_object(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: must be a JSON object, not {_kind(record)}")
+        raise UserError(f"{where}: must be a JSON object, not {kind_of(record)}; remove or mend it")
     return record
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", dict: "an object", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
 
 
 @functools.lru_cache(maxsize=4)

@@ -37,16 +37,19 @@ START_TIMEOUT_S = 300  # for all processes to arrive
 Tree = TypeVar("Tree")
 
 
-def initialize() -> None:
+def initialize(how: startup.Start | None = None) -> None:
     """Starts the device runtime; call once, before any other use of devices.
 
     Joins the other processes of the command where the environment names some (see
     `common.startup` for the decision table), and is harmless alone.
 
+    Args:
+        how: the decision where it was made already; None = by the table.
+
     Raises:
         UserError: the environment is incomplete, another process did not come, or no device.
     """
-    how = startup.decide()
+    how = startup.decide() if how is None else how
     if how.num_processes > 1 and not _joined():
         options: dict[str, Any] = {}
         if how.local_devices is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.json_files import Fields, NotJson, check_fields, parse_json
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> None:
@@ -65,21 +66,23 @@ def append_jsonl(path: str | Path, row: Mapping[str, Any]) -> None:
         file.write(line)
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+def read_jsonl(path: str | Path, fields: Fields | None = None) -> list[dict[str, Any]]:
     """Reads the rows of a JSON-lines file this program writes.
 
     A last line that is not finished (a crash, or a writer at work) is left out.
 
     Args:
         path: the file.
+        fields: what every row must hold.
 
     Returns:
         The rows in file order; an empty list for an empty file.
 
     Raises:
-        UserError: if the file is missing or a line other than the last is bad (`file:line`).
+        UserError: if the file is missing, a line other than the last is bad (`file:line`), or a
+            row lacks a field.
     """
-    return _scan_jsonl(Path(path))[0]
+    return _scan_jsonl(Path(path), fields)[0]
 
 
 def repair_jsonl(path: str | Path) -> int:
@@ -97,7 +100,7 @@ def repair_jsonl(path: str | Path) -> int:
     path = Path(path)
     if not path.exists():
         return 0
-    _, good_bytes, needs_newline = _scan_jsonl(path)
+    _, good_bytes, needs_newline = _scan_jsonl(path, None)
     size = path.stat().st_size
     if good_bytes < size:
         with path.open("r+b") as file:
@@ -109,12 +112,14 @@ def repair_jsonl(path: str | Path) -> int:
     return size - good_bytes
 
 
-def _scan_jsonl(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
+def _scan_jsonl(path: Path, fields: Fields | None) -> tuple[list[dict[str, Any]], int, bool]:
     """Returns (rows, bytes that are good, whether the last good row lacks its newline)."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; run the command that writes it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); move it away") from None
     *whole, rest = raw.split(b"\n")
     lines = [line + b"\n" for line in whole] + ([rest] if rest else [])
     rows: list[dict[str, Any]] = []
@@ -122,14 +127,16 @@ def _scan_jsonl(path: Path) -> tuple[list[dict[str, Any]], int, bool]:
     for number, line in enumerate(lines, start=1):
         row: Any = None
         if line.strip():
-            try:
-                row = json.loads(line.decode())
-            except (json.JSONDecodeError, UnicodeDecodeError):
-                row = None
+            with contextlib.suppress(NotJson):
+                row = parse_json(line)
             if not isinstance(row, dict):
-                if number == len(lines):
+                # A crash leaves the beginning of a row, or blocks that were never written.
+                torn = not line.endswith(b"\n") and line.lstrip(b"\0")[:1] in (b"{", b"")
+                if number == len(lines) and torn:
                     return rows, good, False
                 raise UserError(f"{path}:{number}: not a JSON object; remove or mend this line")
+            if problem := check_fields(row, fields or {}):
+                raise UserError(f"{path}:{number}: the row {problem}; remove or mend this line")
             rows.append(row)
         good += len(line)
     return rows, good, bool(raw) and not raw.endswith(b"\n")

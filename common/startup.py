@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 from common.errors import UserError
 
@@ -77,6 +77,40 @@ def decide(
                 f"other: {_CURE}"
             )
     return Start("single")
+
+
+def require_single(program: str, instead: str) -> None:
+    """Refuses several processes for a program that knows only itself.
+
+    Args:
+        program: as the user calls it.
+        instead: how its work is spread.
+
+    Raises:
+        UserError: the environment or flags name several processes, or only a part of a group.
+    """
+    how = decide(address_of=lambda name: name)
+    if how.num_processes > 1:
+        raise UserError(
+            f"{program} runs as one process, but {how.num_processes} were started "
+            f"({'a SLURM step' if how.source == 'slurm' else COORDINATOR}): they would do the same "
+            f"work and write the same files; start one, and {instead}"
+        )
+
+
+def take_devices(how: Start, environ: MutableMapping[str, str] | None = None) -> None:
+    """Leaves this process only the accelerators of its own, before any library looks for them.
+
+    Args:
+        how: its start; nothing is done where it may take all.
+        environ: changed; default: the variables of this process.
+    """
+    if how.local_devices is None:
+        return
+    variables = os.environ if environ is None else environ
+    visible = [v for v in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if v]
+    own = [visible[n] if n < len(visible) else str(n) for n in how.local_devices]
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(own)
 
 
 def _explicit(given: Mapping[str, str], in_step: bool) -> Start:

@@ -14,6 +14,7 @@ from typing import Any
 from common.answers.choices import LETTERS
 from common.data import read_records
 from common.errors import UserError
+from common.json_files import kind_of
 from common.problems_one_step import OneStepProblemSet
 
 PROBLEMS_SIZE = 1000  # generated problems of a split; the whole set of an index never changes
@@ -117,9 +118,14 @@ def _yes_no(row: Row, number: int) -> tuple[str, str, str, dict[str, Any]]:
 
 
 def _text(row: Row, field: str) -> str:
-    if row.get(field) is None:
-        raise UserError(f"field {field!r} is missing; fields are {', '.join(sorted(row))}")
-    return str(row[field])
+    value = row.get(field)
+    if value is None:
+        raise UserError(
+            f"field {field!r} is missing; fields are {', '.join(sorted(row))}: rename or mend them"
+        )
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise UserError(f"field {field!r} is {kind_of(value)}, not a text; mend the row")
+    return str(value)
 
 
 _PARQUET = "{split}-00000-of-00001.parquet"
@@ -290,7 +296,7 @@ def _rows(name: str, source: _Source, split: str, root: Path) -> tuple[Sequence[
         path = root / pattern.format(split=split)
         found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
         for file in found:
-            if file.is_file():
+            if file.exists():
                 return read_records(file), str(file)
     present = _present_splits(source, root)
     if present:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from common import flags
 from common.errors import require
-from common.rundir import json_text, read_jsonl
+from common.rundir import json_text
 from esm import figures, tables
 from esm.cases import write_cases
 from esm.compare import TRUNCATION_WARNING, compare, diagnose
@@ -29,7 +29,7 @@ from esm.methods import (
 from esm.mine import mine_states
 from esm.monitor import Monitor
 from esm.policies import NULL, VARIANTS
-from esm.results import Results
+from esm.results import Results, read_rows
 from esm.runs import Run, artifact_run
 from esm.session import Session, Sessions, check_memory, check_width
 
@@ -360,7 +360,7 @@ def _has(evaluation: Evaluation, method: str) -> bool:
 
 def _read(evaluation: Evaluation, method: str) -> list[dict[str, Any]]:
     wanted = {example.id for example in evaluation.examples}
-    rows = read_jsonl(evaluation.directory(method) / "per_example.jsonl")
+    rows = read_rows(evaluation.directory(method))
     return [row for row in rows if row["example_id"] in wanted]
 
 

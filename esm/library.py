@@ -1,7 +1,6 @@
 """The stages select and memory: from candidates to the library, from the library to the memory."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common import flags
-from common.errors import UserError, require
+from common.errors import require
+from common.json_files import Fields
 from common.rundir import atomic_write, atomic_write_json, json_text, read_jsonl
-from esm.files import read_array, save_array
+from esm.files import (
+    ENTRY,
+    FORMAT_VERSION,
+    LIBRARY_MANIFEST,
+    MANIFEST,
+    MINED_MANIFEST,
+    read_array,
+    read_object,
+    save_array,
+)
 from esm.layers import resolve_layers
-from esm.memory import MANIFEST, Memory, make_memory, normalize, save_memory
+from esm.memory import Memory, make_memory, normalize, save_memory
 from esm.monitor import Monitor
 from esm.runs import Run
 from esm.select import Rules, select_entries
@@ -68,14 +77,16 @@ class Candidates:
             UserError: mining is unfinished, or a file is damaged.
         """
         self.manifest = read_mine_manifest(run)
-        self.rows = read_jsonl(run.mine / "candidates.jsonl")
+        self.rows = read_jsonl(run.mine / "candidates.jsonl", ENTRY)
         self.keys = read_array(run.mine / "keys.npy")
         self.vectors = read_array(run.mine / "vectors.npy")
-        pairs = self.manifest["pairs"]
+        pairs, width = self.manifest["pairs"], self.manifest["hidden_size"]
         require(
-            len(self.rows) == len(self.keys) == 2 * pairs and len(self.vectors) == pairs,
-            f"{run.mine}: {len(self.rows)} candidates, {len(self.keys)} keys and "
-            f"{len(self.vectors)} vectors where the manifest says {pairs} pairs; delete "
+            (len(self.rows), self.keys.shape, self.vectors.shape)
+            == (2 * pairs, (2 * pairs, width), (pairs, width))
+            and all(0 <= row["pair_id"] < pairs for row in self.rows),
+            f"{run.mine}: {len(self.rows)} candidates, keys {self.keys.shape} and vectors "
+            f"{self.vectors.shape} where the manifest says {pairs} pairs of width {width}; delete "
             f"{run.mine / MANIFEST} and run --stage=mine.states again",
         )
 
@@ -132,10 +143,11 @@ def select_library(config: ConfigDict, run: Run, monitor: Monitor) -> None:
     save_array(run.library / "keys.npy", keys)
     save_array(run.library / "vectors.npy", vectors)
     digest = hashlib.sha256(text.encode() + keys.tobytes() + vectors.tobytes()).hexdigest()[:16]
-    mined = {key: candidates.manifest[key] for key in _CARRIED}
+    mined = {key: candidates.manifest.get(key) for key in _CARRIED}
     atomic_write_json(
         run.library / "manifest.json",
         {
+            "format_version": FORMAT_VERSION,
             **mined,
             "entries": len(rows),
             "layers": sorted({row["layer"] for row in rows}),
@@ -167,13 +179,15 @@ _CARRIED = (
 def build_memory(config: ConfigDict, run: Run, monitor: Monitor) -> None:
     """Turns the library into what is looked up."""
     manifest = read_library_manifest(run)
-    rows = read_jsonl(run.library / "library.jsonl")
+    rows = read_jsonl(run.library / "library.jsonl", ENTRY)
     keys = read_array(run.library / "keys.npy")
     vectors = read_array(run.library / "vectors.npy")
     require(
-        len(rows) == len(keys) == len(vectors) == manifest["entries"],
-        f"{run.library}: {len(rows)} rows, {len(keys)} keys and {len(vectors)} vectors where the "
-        f"manifest says {manifest['entries']}; run --stage=select again",
+        len(rows) == manifest["entries"]
+        and keys.shape == vectors.shape == (len(rows), manifest["hidden_size"]),
+        f"{run.library}: {len(rows)} rows, keys {keys.shape} and vectors {vectors.shape} where the "
+        f"manifest says {manifest['entries']} of width {manifest['hidden_size']}; run "
+        "--stage=select again",
     )
     normalize_keys = bool(config.offline_memory.normalize_keys)
     save_memory(run.memory, keys, vectors, rows, manifest, normalize_keys)
@@ -186,7 +200,7 @@ def read_mine_manifest(run: Run) -> dict[str, Any]:
     Raises:
         UserError: it was not mined to the end.
     """
-    return _read_manifest(run.mine, "run --stage=mine first")
+    return _read_manifest(run.mine, "run --stage=mine", MINED_MANIFEST)
 
 
 def read_library_manifest(run: Run) -> dict[str, Any]:
@@ -195,7 +209,7 @@ def read_library_manifest(run: Run) -> dict[str, Any]:
     Raises:
         UserError: nothing was selected.
     """
-    return _read_manifest(run.library, "run --stage=select first")
+    return _read_manifest(run.library, "run --stage=select", LIBRARY_MANIFEST)
 
 
 def selected_layers(config: ConfigDict, run: Run, manifest: dict[str, Any]) -> tuple[int, ...]:
@@ -216,28 +230,22 @@ def selected_layers(config: ConfigDict, run: Run, manifest: dict[str, Any]) -> t
 def tuned(config: ConfigDict, run: Run) -> dict[str, Any] | None:
     """What the stage tune chose, None where it was not run or is not to be used."""
     path = run.tune / "chosen.json"
-    if not config.tune.use or not path.is_file():
+    if not config.tune.use or not path.exists():
         return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{path} is damaged; run --stage=tune again") from None
-    return content
+    fields: Fields = {"layer": int, "k_scale": float, "dev": list}
+    return read_object(path, "delete it and run --stage=tune again", fields)
 
 
-def _read_manifest(directory: Path, cure: str) -> dict[str, Any]:
-    path = directory / "manifest.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not finished; {cure}") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged; {cure}") from None
-    return content
+def _read_manifest(directory: Path, cure: str, fields: Fields) -> dict[str, Any]:
+    path = directory / MANIFEST
+    require(path.exists(), f"{directory} is not finished; {cure} first")
+    return read_object(path, f"delete it and {cure} again", fields)
 
 
 def _drop_stale_memory(run: Run, digest: str) -> None:
     """A memory made of another library must not be taken for this one's."""
     path = run.memory / MANIFEST
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("digest") != digest:
-        path.unlink()
+    if path.is_file():
+        cure = "delete it and run --stage=select again"
+        if read_object(path, cure).get("digest") != digest:
+            path.unlink()

@@ -9,6 +9,7 @@ mine.states), tune (choose layer and strength on the dev part), select, memory, 
 questions: --example_ids=0,6), suite (many data sets), rescore (grade saved answers again),
 postprocess (report.md). Every stage continues where it stopped when the command is run again.
 The stage may also stand without a flag: `python -m esm.main mine --config=...`.
+One process does it all: several (srun -n N) are refused; the suite starts one per GPU itself.
 Exit status: 0 done, 1 a job of the suite failed, 2 bad usage or config, 3 stopped but resumable.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from common import flags, log
+from common import flags, log, startup
 from common.errors import UserError
 
 STAGES = (
@@ -82,6 +83,9 @@ def main(argv: list[str]) -> int:
 
     given = flags.FLAGS
     log.quiet_libraries()
+    startup.require_single(
+        "esm.main", "spread data sets with --stage=suite --gpus=0,1,..., or configs as a job array"
+    )
     config: ConfigDict = given.config
     for name in OTHER_FLAGS:
         if getattr(given, name):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,19 @@ from typing import Any
 import numpy as np
 
 from common.engines.base import Toolbox
-from common.errors import UserError, require
+from common.errors import require
 from common.rundir import atomic_write, atomic_write_json, json_text, read_jsonl
 from esm.core.retrieval import MIN_NORM, NO_LAYER, PADDING, Entries
-from esm.files import read_array, save_array
+from esm.files import (
+    ENTRY,
+    FORMAT_VERSION,
+    LIBRARY_MANIFEST,
+    MANIFEST,
+    read_array,
+    read_object,
+    save_array,
+)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 RANDOM_SUFFIX = "~random"
 
 
@@ -146,10 +151,10 @@ def save_memory(
     atomic_write_json(
         directory / MANIFEST,
         {
+            **manifest,
             "format_version": FORMAT_VERSION,
             "entries": len(rows),
             "hidden_size": int(keys.shape[1]),
-            **manifest,
         },
     )
 
@@ -161,18 +166,15 @@ def load_memory(directory: Path) -> tuple[Memory, dict[str, Any]]:
         UserError: it is missing, unfinished, damaged, or of another format.
     """
     manifest = read_manifest(directory)
-    require(
-        manifest.get("format_version") == FORMAT_VERSION,
-        f"{directory}: memory format {manifest.get('format_version')}, this version reads "
-        f"{FORMAT_VERSION}; run the stages select and memory again",
-    )
-    rows = read_jsonl(directory / "entries.jsonl")
+    rows = read_jsonl(directory / "entries.jsonl", ENTRY)
     keys = read_array(directory / "keys.npy")
     vectors = read_array(directory / "vectors.npy")
+    shape = (len(rows), manifest["hidden_size"])
     require(
-        len(rows) == manifest["entries"] and keys.shape == (len(rows), manifest["hidden_size"]),
-        f"{directory}: {len(rows)} entries and keys {keys.shape} where the manifest says "
-        f"{manifest['entries']} x {manifest['hidden_size']}; run the stage memory again",
+        len(rows) == manifest["entries"] and keys.shape == vectors.shape == shape,
+        f"{directory}: {len(rows)} entries and keys {keys.shape}, vectors {vectors.shape} where "
+        f"the manifest says {manifest['entries']} x {manifest['hidden_size']}; run the stage "
+        "memory again",
     )
     return make_memory(keys, vectors, rows), manifest
 
@@ -183,18 +185,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none.
     """
-    try:
-        content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"no memory at {directory}; run --stage=memory first (or name a run that has one with "
-            "--config.eval.artifact_run_dir)"
-        ) from None
-    except ValueError:
-        raise UserError(f"{directory / MANIFEST} is damaged; run the stage memory again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{directory / MANIFEST} is damaged; run the stage memory again")
-    return content
+    path = directory / MANIFEST
+    require(
+        path.exists(),
+        f"no memory at {directory}; run --stage=memory first (or name a run that has one with "
+        "--config.eval.artifact_run_dir)",
+    )
+    return read_object(path, "delete it and run --stage=memory again", LIBRARY_MANIFEST)
 
 
 def _save_tree(directory: Path, memory: Memory) -> None:

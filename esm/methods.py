@@ -309,12 +309,17 @@ def _sample_all(
     merge: Callable[[dict[str, Any], Graded], dict[str, Any] | None] = graded_row,
 ) -> None:
     """`count` unsegmented answers to every missing question."""
-    examples = results.missing
-    if not examples:
+    missing = {example.id for example in results.missing}
+    if not missing:
         return
+    examples = results.examples
     prompts = [session.prompt(example) for example in examples]
     stream_limits(config, prompts, max_tokens)  # the same check as for steered answers
-    rows = [[row_of(example, sample) for sample in range(count)] for example in examples]
+    # Answered questions stay in the list, so that a resumed run has the sizes of a whole one.
+    rows = [
+        [row_of(example, sample) for sample in range(count)] if example.id in missing else []
+        for example in examples
+    ]
     with _Pipe(config, results, monitor, name, merge) as pipe:
 
         def finished(i: int, j: int, rollout: Rollout) -> None:
@@ -322,7 +327,8 @@ def _sample_all(
             answered(pipe, examples[i], prompts[i], rollout, j)
             pipe.save()
 
-        session.engine.sample(prompts, rows, drawing, max_tokens, finished)
+        total = count * len(examples)
+        session.engine.sample(prompts, rows, drawing, max_tokens, finished, total)
 
 
 def _capacity(needed: int, config: ConfigDict) -> int:

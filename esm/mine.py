@@ -32,7 +32,7 @@ from esm.core.reward import reward
 from esm.core.sets import SetRules
 from esm.datasets import TaskExample
 from esm.examples import identities, row_of, train_examples
-from esm.files import read_arrays, save_array, save_arrays
+from esm.files import FORMAT_VERSION, ROLLOUT, read_arrays, save_array, save_arrays
 from esm.grading import Grader, grade
 from esm.layers import resolve_layers, top_third
 from esm.monitor import Monitor
@@ -62,26 +62,28 @@ def mine_rollouts(config: ConfigDict, run: Run, sessions: Sessions, monitor: Mon
     mine = config.offline_mine
     examples = train_examples(config)
     path = run.mine / "rollouts.jsonl"
-    if (run.mine / "rollouts.json").is_file():
+    repair_jsonl(path)
+    rows = read_jsonl(path, ROLLOUT) if path.exists() else []
+    done = {(row["example_id"], row["k"]) for row in rows}
+    references = _with_reference(config, examples)
+    # A crash of the machine may tear off the last line even of a journal that was complete.
+    complete = done >= {(e.id, k) for e in examples for k in range(mine.K)}
+    complete = complete and done >= {(e.id, GOLD) for e in references}
+    if complete and (run.mine / "rollouts.json").is_file():
         monitor.info(f"rollouts are complete: {path}")
         return
     session = sessions.get("rollouts")
     run.mine.mkdir(parents=True, exist_ok=True)
-    repair_jsonl(path)
-    rows = read_jsonl(path) if path.is_file() else []
-    done = {(row["example_id"], row["k"]) for row in rows}
-    if mine.pos_source != "rollout":
-        _write_references(config, examples, session, path, done)
+    _write_references(config, references, session, path, done)
     wanted = [
         (place, [k for k in range(mine.K) if (example.id, k) not in done])
         for place, example in enumerate(examples)
     ]
-    wanted = [(place, ks) for place, ks in wanted if ks]
     missing = sum(len(ks) for _, ks in wanted)
     total = mine.K * len(examples)
     monitor.info(f"mining {len(examples)} questions, {missing} rollouts to go")
     decoding = Decoding(mine.temperature, mine.top_p, session.stop_ids, config.seed)
-    size = mine.batch_size_examples if mine.batch_size_examples > 0 else max(1, len(wanted))
+    size = mine.batch_size_examples if mine.batch_size_examples > 0 else len(wanted)
     start, tokens = time.monotonic(), 0
     with (
         Grader(config.prompt.template, config.eval.grader, config.eval.grader_workers) as grader,
@@ -118,6 +120,7 @@ def mine_rollouts(config: ConfigDict, run: Run, sessions: Sessions, monitor: Mon
                 decoding,
                 mine.max_new_tokens,
                 finished,
+                mine.K * len(batch),
             )
             save(wait=True)
     _finish_rollouts(config, examples, run, session, monitor, time.monotonic() - start, tokens)
@@ -204,7 +207,7 @@ def read_rollouts(
         UserError: it lacks a rollout of a question.
     """
     path = run.mine / "rollouts.jsonl"
-    by_key = {(row["example_id"], row["k"]): row for row in read_jsonl(path)}
+    by_key = {(row["example_id"], row["k"]): row for row in read_jsonl(path, ROLLOUT)}
     questions: list[Rollouts] = []
     for order, example in enumerate(examples):
         answers: list[dict[str, Any] | None] = []
@@ -239,6 +242,14 @@ def _rollout_row(
     }
 
 
+def _with_reference(config: ConfigDict, examples: list[TaskExample]) -> list[TaskExample]:
+    """The questions whose reference answer is mined: it reaches a control point."""
+    if config.offline_mine.pos_source == "rollout":
+        return []
+    delimiter = config.control_points.segment_delimiter
+    return [example for example in examples if end_offsets(str(example.answer), delimiter)]
+
+
 def _write_references(
     config: ConfigDict,
     examples: list[TaskExample],
@@ -246,11 +257,10 @@ def _write_references(
     path: Any,
     done: set[tuple[str, int]],
 ) -> None:
-    """Reference answers that reach a control point, as rows with k = -1."""
-    delimiter = config.control_points.segment_delimiter
+    """Reference answers, as rows with k = -1."""
     for example in examples:
         text = str(example.answer)
-        if (example.id, GOLD) in done or not end_offsets(text, delimiter):
+        if (example.id, GOLD) in done:
             continue
         ids = session.encode(text)
         verdict = grade(example, text, "stop", config.prompt.template, config.eval.grader)
@@ -289,7 +299,13 @@ def _finish_rollouts(
     """Sorts the journal and says what came out."""
     path = run.mine / "rollouts.jsonl"
     order = {example.id: place for place, example in enumerate(examples)}
-    rows = sorted(read_jsonl(path), key=lambda row: (order[row["example_id"]], row["k"]))
+    rows = read_jsonl(path, ROLLOUT)
+    if strange := [row for row in rows if row["example_id"] not in order]:
+        raise UserError(
+            f"{path} holds question {strange[0]['example_id']}, which is not mined; choose another "
+            "--run_id, or remove its rows"
+        )
+    rows.sort(key=lambda row: (order[row["example_id"]], row["k"]))
     atomic_write(path, "".join(json_text(row) + "\n" for row in rows))
     sampled = [row for row in rows if row["k"] != GOLD]
     texts = (row["text"] for row in sampled)
@@ -299,6 +315,7 @@ def _finish_rollouts(
     accuracy = float(np.mean([row["correct"] for row in sampled]))
     ends = session.delimiter
     summary = {
+        "format_version": FORMAT_VERSION,
         "questions": len(examples),
         "rollouts": len(sampled),
         "accuracy": accuracy,
@@ -346,6 +363,7 @@ def _finish_states(
     atomic_write_json(
         run.mine / "manifest.json",
         {
+            "format_version": FORMAT_VERSION,
             **session.record,
             "pairs": len(pairs),
             "pairs_per_control_point": dict(sorted(per_point.items())),
@@ -401,10 +419,14 @@ def _save_shard(
 
 
 def _load_shard(path: Any) -> tuple[list[Pair], collections.Counter[str]]:
-    arrays = read_arrays(path)
-    note = json.loads(arrays["note"].tobytes().decode())
-    pairs = [
-        Pair(order, meta, arrays["right"][i], arrays["wrong"][i], arrays["vector"][i])
-        for i, (order, meta) in enumerate(note["pairs"])
-    ]
-    return pairs, collections.Counter(note["skipped"])
+    cure = "delete it and run the same command again"
+    arrays = read_arrays(path, cure)
+    try:
+        note = json.loads(arrays["note"].tobytes().decode())
+        pairs = [
+            Pair(order, meta, arrays["right"][i], arrays["wrong"][i], arrays["vector"][i])
+            for i, (order, meta) in enumerate(note["pairs"])
+        ]
+        return pairs, collections.Counter(note["skipped"])
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"{path} holds no pairs ({type(error).__name__}); {cure}") from None

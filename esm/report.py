@@ -1,11 +1,11 @@
 """The stage postprocess: one page per run with its tables, figures and the end of its log."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from common.rundir import atomic_write
 from esm import tables
+from esm.files import MINED_MANIFEST, read_object
 from esm.monitor import Monitor
 from esm.runs import Run
 
@@ -38,13 +38,13 @@ def _mining(run: Run) -> list[str]:
         ("Rollouts", run.mine / "rollouts.json"),
         ("Tuned", run.tune / "chosen.json"),
     ):
-        if path.is_file():
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists():
+            content = read_object(path, "delete it to leave its part of the report out")
             content.pop("dev", None)
             lines += [f"## {title}", "", *_markdown([content]), ""]
     manifest = run.mine / "manifest.json"
-    if manifest.is_file():
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+    if manifest.exists():
+        content = read_object(manifest, "run --stage=mine again", MINED_MANIFEST)
         lines += [f"{content['pairs']} pairs; left out: {content['skipped'] or 'none'}.", ""]
     return lines
 
@@ -67,5 +67,5 @@ def _log(run: Run) -> list[str]:
     path = run.path / "logs" / "run.log"
     if not path.is_file():
         return []
-    last = path.read_text(encoding="utf-8").splitlines()[-LOG_LINES:]
+    last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
     return ["## End of the log", "", "~~~", *last, "~~~"]

@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from common.errors import require
 from common.rundir import atomic_write, json_text
 from esm.examples import eval_examples
 from esm.grading import Grader
@@ -19,6 +20,7 @@ def rescore(config: ConfigDict, run: Run, monitor: Monitor) -> None:
     directories = sorted(path.parent for path in run.eval.glob(f"*/{ROWS}"))
     for directory in directories:
         rows = read_rows(directory)
+        require(bool(rows), f"{directory / ROWS} holds no whole row; run --stage=eval again")
         known = [row for row in rows if row["example_id"] in examples]
         changed = 0
         with (

@@ -24,6 +24,7 @@ from common.rundir import (
 from common.statistics import wilson_interval
 from esm.controller import Answer
 from esm.datasets import TaskExample
+from esm.files import RESULT, read_object
 from esm.grading import Graded
 
 ROWS = "per_example.jsonl"
@@ -54,9 +55,8 @@ class Results:
         self._settings = json.loads(json_text(settings))
         self._seconds = 0.0
         self._check_settings()
-        if self.path.is_file():
-            repair_jsonl(self.path)
-        rows = read_jsonl(self.path) if self.path.is_file() else []
+        repair_jsonl(self.path)
+        rows = read_jsonl(self.path, RESULT) if self.path.exists() else []
         wanted = {example.id for example in examples}
         self._rows = {row["example_id"]: row for row in rows if row["example_id"] in wanted}
         # Of a run over more questions: kept, but not part of this summary.
@@ -86,7 +86,11 @@ class Results:
     def timed(self) -> Iterator[None]:
         """Adds the time inside to the wall time of these results, over all commands."""
         path = self.directory / "timing.json"
-        before = json.loads(path.read_text())["wall_s"] if path.is_file() else 0.0
+        before = 0.0
+        if path.exists():
+            before = read_object(path, "delete it: only the total time is lost", {"wall_s": float})[
+                "wall_s"
+            ]
         begin = time.monotonic()
         try:
             yield
@@ -109,12 +113,9 @@ class Results:
 
     def _check_settings(self) -> None:
         path = self.directory / SETTINGS
-        if not path.is_file():
+        if not path.exists():
             return
-        try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is damaged; delete {self.directory} to start over") from None
+        saved = read_object(path, f"delete {self.directory} to start over")
         keys = [*self._settings, *(key for key in saved if key not in self._settings)]
         changed = [
             f"{key}: saved {_short(saved.get(key))}, now {_short(self._settings.get(key))}"
@@ -210,7 +211,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     path = directory / ROWS
     if not path.is_file():
         raise UserError(f"no results at {directory}; run --stage=eval first")
-    return read_jsonl(path)
+    return read_jsonl(path, RESULT)
 
 
 def _short(value: Any) -> str:

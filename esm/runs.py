@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from common import flags, log
 from common.errors import UserError, require
 from common.rundir import RunDir, atomic_write, atomic_write_json
+from esm.files import read_object
 
 LATEST = "LATEST"
 _NOTE = "run.json"
@@ -190,7 +192,7 @@ def read_latest(parent: Path) -> str:
     """The id in LATEST, "" if there is none."""
     try:
         return (parent / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return ""
 
 
@@ -213,9 +215,9 @@ def check_same(config: ConfigDict, run: Run, stage: str) -> None:
         UserError: the run was started with other values; lists them.
     """
     path = run.path / f"config_resolved.{stage}.json"
-    if not path.is_file():
+    if not path.exists():
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+    saved = read_object(path, "choose another --run_id", {"config": dict})["config"]
     now = flags.select(config, _STAGE_KEYS[stage])
     changed = [
         f"{key}: saved {_get(saved, key)!r}, now {value!r}"
@@ -258,6 +260,16 @@ def create(run: Run) -> None:
         atomic_write_json(note, {"run_id": run.path.name, "created": now})
 
 
+def discard_unstarted(run: Run) -> None:
+    """Removes the directory of a run that was refused before it had any result."""
+    for path in run.path.rglob("*"):
+        # Logs and the resolved config say that a command was there; everything else is work.
+        known = path.name == _NOTE or path.name.startswith((".", "config_resolved"))
+        if path.is_file() and not known and path.parent.name not in ("logs", "tb"):
+            return
+    shutil.rmtree(run.path, ignore_errors=True)
+
+
 def _runs(parent: Path) -> list[Run]:
     """Runs of a name, oldest first."""
     if not parent.is_dir():
@@ -267,7 +279,8 @@ def _runs(parent: Path) -> list[Run]:
 
 
 def _age(path: Path) -> tuple[str, str]:
-    return str(json.loads((path / _NOTE).read_text(encoding="utf-8"))["created"]), path.name
+    note = read_object(path / _NOTE, f"delete {path} or write it again", {"created": str})
+    return note["created"], path.name
 
 
 def _unfinished(parent: Path, config: ConfigDict, stage: str) -> Run | None:
@@ -276,7 +289,7 @@ def _unfinished(parent: Path, config: ConfigDict, stage: str) -> Run | None:
         try:
             text = (run.path / "config_resolved.mine.json").read_text(encoding="utf-8")
             same = json.loads(text)["config"] == wanted
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         if same and not _done(run, stage).exists():
             log.info("continuing the unfinished run %s", run.path)

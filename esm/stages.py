@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from common import dist
+from common.errors import UserError
 from esm import runs
 from esm.library import build_memory, select_library
 from esm.monitor import Monitor
@@ -38,12 +39,18 @@ def run_stage(config: ConfigDict, stage: str, given: Any) -> Run:
     if any(part in WITH_MODEL for part in parts):
         dist.initialize()
         _ = sessions.source  # a missing model is refused before anything is made
+    is_new = not run.path.exists()
     runs.create(run)
-    with run.lock(), Monitor(run.path, config.outputs.tensorboard) as monitor:
-        monitor.info(f"run directory {run.path}, stage {stage}")
-        for part in parts:
-            STAGES[part](config, run, sessions, monitor, given)
-        runs.finish(run, stage)
+    try:
+        with run.lock(), Monitor(run.path, config.outputs.tensorboard) as monitor:
+            monitor.info(f"run directory {run.path}, stage {stage}")
+            for part in parts:
+                STAGES[part](config, run, sessions, monitor, given)
+            runs.finish(run, stage)
+    except UserError:
+        if is_new:
+            runs.discard_unstarted(run)
+        raise
     return run
 
 

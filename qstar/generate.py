@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from common import log
+from common.memory import give_back_freed
 from common.metrics import GIB, MetricWriter, peak_memory
 from common.signals import StopRequest
 from qstar.adapters import DatasetAdapter, RowError, Sample
@@ -32,7 +33,15 @@ from qstar.system import (
     tell,
 )
 from qstar.tilt import FORCED, IDENTICAL
-from qstar.writer import Done, Journal, check_manifest, output_paths, sort_output, unwritable
+from qstar.writer import (
+    Done,
+    Journal,
+    check_manifest,
+    output_paths,
+    refuse_foreign,
+    sort_output,
+    unwritable,
+)
 
 DRY_ROWS = 2
 EXIT_ROW_ERRORS = 3
@@ -156,13 +165,18 @@ def run_generation(config: ConfigDict, adapter: DatasetAdapter | None = None) ->
     wanted(config, len(adapter), set())  # refuses a range outside the data set
     shard, run = parse_shard(config.run.shard), config.run
     manifest = manifest_of(system, styles, fingerprint)
-    with Journal(run.output, shard, run.overwrite) as journal:
+    if not run.overwrite:
+        refuse_foreign(run.output, shard, manifest)
+    beside = {"diagnostics": run.save_diagnostics, "tokens": run.save_tokens}
+    complete = [name for name, wanted_too in beside.items() if wanted_too]
+    with Journal(run.output, shard, run.overwrite, complete) as journal:
         info = run_info(system, adapter)
         check_manifest(journal.paths["manifest"], manifest, run.overwrite, info)
         todo = wanted(config, len(adapter), journal.done)
         status: int | None = 0
         if todo:
             status = _generate(system, prompter, journal, todo)
+            give_back_freed()  # the engine is gone; a process may generate again, with other models
         else:
             log.info("%s: nothing left to do", journal.paths["data"])
         if status is not None and run.sort_output:

@@ -11,10 +11,9 @@ import jax
 
 from qstar.adapters import DatasetAdapter
 from qstar.system import System
-from qstar.writer import semantic_config
+from qstar.writer import VERSION, semantic_config
 
 ALPHA_CONVENTION = "weight_of_theta"
-VERSION = 1  # of the meaning of a manifest; older ones cannot be continued
 
 
 def manifest_of(system: System, styles: Mapping[str, str], fingerprint: str) -> dict[str, Any]:

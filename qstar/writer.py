@@ -10,16 +10,19 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from common.errors import UserError, require
+from common.json_files import Fields, check_version, read_json_object
 from common.rundir import atomic_write, atomic_write_json, json_text, read_jsonl, repair_jsonl
 
 SYNC_SECONDS = 2.0
 BESIDE = ("diagnostics", "tokens")  # files with a line per sample, written before its data line
 Done = tuple[int, int]  # sample_idx, repeat
+LINE: Fields = {"sample_idx": int}
+VERSION = 1  # of the meaning of a manifest; older ones cannot be continued
 
 
 def output_paths(output: str | Path, shard: tuple[int, int] = (0, 1)) -> dict[str, Path]:
@@ -61,7 +64,10 @@ def row_key(row: Mapping[str, Any]) -> Done:
 def done_samples(output: str | Path) -> set[Done]:
     """What the data files of all shards hold already; unfinished last lines do not count."""
     return {
-        row_key(row) for path in all_data_files(output) if path.exists() for row in read_jsonl(path)
+        row_key(row)
+        for path in all_data_files(output)
+        if path.exists()
+        for row in read_jsonl(path, LINE)
     }
 
 
@@ -72,7 +78,11 @@ class Journal:
     """
 
     def __init__(
-        self, output: str | Path, shard: tuple[int, int] = (0, 1), overwrite: bool = False
+        self,
+        output: str | Path,
+        shard: tuple[int, int] = (0, 1),
+        overwrite: bool = False,
+        complete: Collection[str] = (),
     ) -> None:
         """Takes the lock, mends what a crash left behind and reads what is done.
 
@@ -80,6 +90,8 @@ class Journal:
             output: the data file.
             shard: (index, count).
             overwrite: discards this shard's files.
+            complete: which of BESIDE must have a line for every sample; a sample without one is
+                made again. A file that is gone altogether was taken away by someone.
 
         Raises:
             UserError: if another process writes to this shard, or a file is damaged.
@@ -99,8 +111,9 @@ class Journal:
                     self.paths[name].unlink(missing_ok=True)
             repair_jsonl(self.paths["data"])
             for name in BESIDE:
-                if self.paths[name].exists() and repair_jsonl(self.paths[name]):
-                    self._drop_samples_behind(name)
+                found = self.paths[name].exists()
+                if found and (repair_jsonl(self.paths[name]) or name in complete):
+                    self._drop_samples_without(name)
             for name in BESIDE:
                 self._drop_orphans(name)
             self.done = done_samples(output)
@@ -111,16 +124,15 @@ class Journal:
             raise
         self._last_sync = time.monotonic()
 
-    def _drop_samples_behind(self, name: str) -> None:
-        """Takes back the last samples whose line beside them a crash of the machine tore off.
+    def _drop_samples_without(self, name: str) -> None:
+        """Takes back the samples whose line beside them a crash of the machine tore off.
 
         The disk may keep a data line and lose the one that was written before it.
         """
         data = self.paths["data"]
-        rows = read_jsonl(data) if data.exists() else []
-        beside = {row_key(row) for row in read_jsonl(self.paths[name])}
-        held = [index for index, row in enumerate(rows) if row_key(row) in beside]
-        kept = rows[: held[-1] + 1] if held else []
+        rows = read_jsonl(data, LINE) if data.exists() else []
+        beside = {row_key(row) for row in read_jsonl(self.paths[name], LINE)}
+        kept = [row for row in rows if row_key(row) in beside]
         if len(kept) != len(rows):
             atomic_write(data, "".join(json_text(row) + "\n" for row in kept))
 
@@ -131,8 +143,8 @@ class Journal:
             return
         repair_jsonl(path)
         data = self.paths["data"]
-        known = {row_key(row) for row in read_jsonl(data)} if data.exists() else set()
-        rows = read_jsonl(path)
+        known = {row_key(row) for row in read_jsonl(data, LINE)} if data.exists() else set()
+        rows = read_jsonl(path, LINE)
         # After a crash between both lines the sample is generated again: the last line counts.
         kept = {row_key(row): row for row in rows if row_key(row) in known}
         if len(kept) != len(rows):
@@ -209,7 +221,7 @@ def sort_output(output: str | Path, shard: tuple[int, int] = (0, 1)) -> None:
     paths = output_paths(output, shard)
     for name in ("data", *BESIDE):
         if paths[name].exists():
-            rows = sorted(read_jsonl(paths[name]), key=row_key)
+            rows = sorted(read_jsonl(paths[name], LINE), key=row_key)
             atomic_write(paths[name], "".join(json_text(row) + "\n" for row in rows))
 
 
@@ -277,15 +289,7 @@ def check_manifest(
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        old = _flat({k: v for k, v in read_manifest(path).items() if k != "info"})
-        new = _flat(manifest)
-        changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
-        shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in changed[:6])
-        require(
-            not changed,
-            f"{path}: this output was begun with other settings: {shown}; use the same, another "
-            "run.output, or run.overwrite=True",
-        )
+        compare_manifest(path, manifest)
     full = {**manifest, **({} if info is None else {"info": dict(info)})}
     if overwrite or not path.exists() or read_manifest(path) != json.loads(json_text(full)):
         try:
@@ -294,19 +298,59 @@ def check_manifest(
             raise unwritable(path, error) from error
 
 
+def refuse_foreign(output: str | Path, shard: tuple[int, int], manifest: Mapping[str, Any]) -> None:
+    """Looks at what stands at an output before anything there is touched, or mended.
+
+    Raises:
+        UserError: it was begun with other settings, or was not written by this command at all.
+    """
+    paths = output_paths(output, shard)
+    if paths["manifest"].exists():
+        compare_manifest(paths["manifest"], manifest)
+        return
+    data = paths["data"]
+    # The manifest is written before the first sample.
+    require(
+        not data.exists() or (data.is_file() and data.stat().st_size == 0),
+        f"{data} exists, but {paths['manifest'].name} beside it, which would say how it was made, "
+        "does not; choose another run.output, or set run.overwrite=True to replace it",
+    )
+
+
+def compare_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Compares the manifest of an output with that of a command that wants to continue it.
+
+    Raises:
+        UserError: if a key differs, listing the keys; the manifest is damaged or of a newer format.
+    """
+    found = read_manifest(path)
+    old = _flat({k: v for k, v in found.items() if k != "info"})
+    new = _flat(manifest)
+    changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    shown = ", ".join(f"{k} ({_short(old.get(k))} -> {_short(new.get(k))})" for k in changed[:6])
+    require(
+        not changed,
+        f"{path}: this output was begun with other settings: {shown}; use the same, another "
+        "run.output, or run.overwrite=True",
+    )
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The one JSON object of a file.
 
     Raises:
-        UserError: if it holds none.
+        UserError: if it holds none, or one of a newer version.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a readable manifest ({error}); remove it") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a readable manifest; remove it")
+    cure = "choose another run.output, or set run.overwrite=True to start anew"
+    found = read_json_object(path, cure)
+    check_version(found, path, ("version", VERSION), cure)
     return found
+
+
+def _short(text: str | None) -> str:
+    """A JSON value in a message."""
+    shown = "none" if text is None else text
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, str]:

@@ -7,7 +7,6 @@ and later), tied embeddings. Whatever these switches cannot express is refused b
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from common.errors import UserError, require
+from common.json_files import read_json_object
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -26,6 +26,7 @@ FAMILIES = {
 
 DTYPES = ("float32", "bfloat16", "float16")
 _DEFAULT_THETA = 10000.0
+_CURE = "restore the file, or name another model"
 # Keys that change the arithmetic in a way this decoder lacks, with the values that leave it alone.
 _INERT_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -256,7 +257,12 @@ def read_config(directory: str | Path, dtype: str = "float32") -> DecoderConfig:
     Raises:
         UserError: It is absent, no JSON, or not supported.
     """
-    return from_hf(_read_json(Path(directory) / "config.json"), dtype)
+    path = Path(directory) / "config.json"
+    content = read_json_object(path, _CURE)
+    try:
+        return from_hf(content, dtype)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; {_CURE}") from error
 
 
 def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
@@ -267,15 +273,15 @@ def read_stop_ids(directory: str | Path) -> tuple[int, ...]:
     """
     for name in ("generation_config.json", "config.json"):
         path = Path(directory) / name
-        if not path.is_file():
+        if not path.exists():
             continue
-        found = _read_json(path).get("eos_token_id")
+        found = read_json_object(path, _CURE).get("eos_token_id")
         if found is None:
             continue
         ids = tuple(found) if isinstance(found, list) else (found,)
         require(
             all(isinstance(i, int) and i >= 0 for i in ids),
-            f"'{path}': eos_token_id {found!r} is neither a token id nor a list of them",
+            f"{path}: eos_token_id {found!r:.80} is neither a token id nor a list of them; {_CURE}",
         )
         return ids
     return ()
@@ -314,17 +320,6 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     )
     assert isinstance(value, int)
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"'{path}' is not JSON: {error}") from error
-    require(isinstance(content, dict), f"'{path}' holds no JSON object")
-    return content
 
 
 def _unknown_family(family: Any) -> str:

@@ -93,7 +93,8 @@ def resolve(name: str, *, revision: str = "", key: str = "model.name") -> Source
         return _converted(name, "gguf", found, "")
     require(
         (path / "config.json").is_file(),
-        f"{key}: '{name}' is no model: it holds neither config.json nor one .gguf file",
+        f"{key}: '{name}' is no model: it holds neither config.json nor one .gguf file; name a "
+        "directory that does",
     )
     return Source(name, "directory", path.resolve(), "", digest_files(path))
 
@@ -188,7 +189,7 @@ def digest_files(directory: Path) -> str:
     """sha256 over names and contents of the files that make a model or a tokenizer."""
     whole = hashlib.sha256()
     files = [f for f in directory.iterdir() if f.suffix in _DIGESTED and not f.name.startswith(".")]
-    for file in sorted(files):
+    for file in sorted(f for f in files if f.is_file()):
         size = file.stat().st_size
         whole.update(json.dumps([file.name, size]).encode())
         if size <= _WHOLE_FILE_BYTES:

@@ -50,7 +50,10 @@ def open_tensors(path: str | Path) -> Stored:
         UserError: Nothing to read, a damaged file, a shard that is missing, or a tensor that is
             in two shards or in none.
     """
-    source = find_weights(path)
+    try:
+        source = find_weights(path)
+    except UserError as error:
+        raise UserError(f"{error}; copy the weights there, or name another model") from error
     if source.name.endswith(".safetensors.index.json"):
         return _open_shards(source)
     if source.suffix == ".safetensors":
@@ -93,7 +96,8 @@ def _open_file(path: Path) -> Iterator[tuple[str, StoredTensor]]:
         handle = safe_open(path, framework="np")
         names = list(handle.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"cannot read '{path}': {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot read '{path}': {reason}; copy the file again") from error
     for name in names:
         shape = tuple(handle.get_slice(name).get_shape())
         yield name, StoredTensor(shape, lambda name=name: handle.get_tensor(name))  # type: ignore[misc]

@@ -40,8 +40,11 @@ def load_tokenizer(path: str | Path) -> Any:
     names = ("tokenizer.model", "vocab.json", "tokenizer_config.json")
     require(
         packed or any((directory / name).is_file() for name in names),
-        f"'{path}' holds no tokenizer: tokenizer.json is missing",
+        f"'{path}' holds no tokenizer: tokenizer.json is missing; add it, or name another model",
     )
+    for name in (*names, "tokenizer.json", "special_tokens_map.json", "chat_template.jinja"):
+        # transformers would go on without it, and render other prompts.
+        require(not (directory / name).is_dir(), f"{directory / name} is a directory; restore it")
     import transformers
 
     kind = transformers.PreTrainedTokenizerFast if packed else transformers.AutoTokenizer
@@ -49,7 +52,10 @@ def load_tokenizer(path: str | Path) -> Any:
         tokenizer = kind.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # a dozen types, by the part that is damaged
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot read the tokenizer in '{path}': {reason}") from error
+        raise UserError(
+            f"cannot read the tokenizer in '{path}': {reason[:200]}; restore tokenizer.json and "
+            "tokenizer_config.json, or name another model"
+        ) from error
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 

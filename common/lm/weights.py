@@ -109,7 +109,14 @@ def load_model(path: str | Path, dtype: str = "float32", mesh: Mesh | None = Non
     tensors = open_tensors(path)
     if cfg.tie_embeddings and _HEAD in tensors:
         tensors = _without_tied_head(tensors)
-    return Model(place_tensors(tensors, hf_rules(cfg), cfg, mesh), cfg, read_stop_ids(path))
+    try:
+        params = place_tensors(tensors, hf_rules(cfg), cfg, mesh)
+    except UserError as error:
+        raise UserError(
+            f"the weights in '{path}' do not fit its config.json: {error}; restore both, or name "
+            "another model"
+        ) from error
+    return Model(params, cfg, read_stop_ids(path))
 
 
 def find_gguf(path: Path) -> Path | None:

@@ -20,6 +20,7 @@ from tests.launch.runs import REPOSITORY
 
 RUN_LIMIT_S = 900.0
 MOST_RUNS = 8  # of one command until it must be done
+COLUMNS = ("trials", "injected", "survived", "lost", "orphans")
 
 
 class Campaign:
@@ -53,6 +54,7 @@ class Campaign:
         self.directory = directory
         self._references: dict[str, tuple[dict[str, Any], int]] = {}
         self._marker = f"{os.getpid()}-{seed}"
+        self._orphans = 0  # of the current trial
 
     @property
     def lost(self) -> int:
@@ -81,25 +83,28 @@ class Campaign:
 
     def table(self) -> str:
         """Counts per main and fault, and what went wrong."""
-        head = f"{'main':10}{'fault':22}{'trials':>7}{'injected':>10}{'survived':>10}{'lost':>6}"
+        head = f"{'main':10}{'fault':22}" + "".join(f"{name:>10}" for name in COLUMNS)
         lines = [head, "-" * len(head)]
         total: collections.Counter[str] = collections.Counter()
         for (name, fault), counter in sorted(self.counts.items()):
             total.update(counter)
-            lines.append(
-                f"{name:10}{fault:22}{counter['trials']:>7}{counter['injected']:>10}"
-                f"{counter['survived']:>10}{counter['lost']:>6}"
-            )
-        lines.append(
-            f"{'all':32}{total['trials']:>7}{total['injected']:>10}{total['survived']:>10}"
-            f"{total['lost']:>6}"
-        )
+            lines.append(f"{name:10}{fault:22}" + _cells(counter))
+        lines.append(f"{'all':32}" + _cells(total))
         return "\n".join([*lines, *self.problems])
+
+    def report(self) -> dict[str, Any]:
+        """The table as JSON values."""
+        rows = [
+            {"main": name, "fault": fault, **{column: counter[column] for column in COLUMNS}}
+            for (name, fault), counter in sorted(self.counts.items())
+        ]
+        return {"seed": self.seed, "rows": rows, "problems": self.problems}
 
     def _trial(self, name: str, fault: str, rng: random.Random, directory: Path) -> None:
         counter = self.counts.setdefault((name, fault), collections.Counter())
         counter["trials"] += 1
         main = self.mains[name]
+        self._orphans = 0
         try:
             wanted, most = self._reference(name)
             with contextlib.ExitStack() as disk:
@@ -113,14 +118,15 @@ class Campaign:
             differing = [k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]
             if differing:
                 raise AssertionError(f"differs from an undisturbed run in {sorted(differing)[:5]}")
-            if stray := faults.wait_for_no_leftovers(self._marker):
-                raise AssertionError(f"{len(stray)} processes were left over")
+            if self._orphans:
+                raise AssertionError(f"{self._orphans} processes were left over")
             counter["survived"] += 1
             shutil.rmtree(directory, ignore_errors=True)
         except AssertionError as error:
             counter["lost"] += 1
             self.problems.append(f"LOST {name}, {fault}, {directory.name}: {error}")
             faults.wait_for_no_leftovers(self._marker, limit_s=1)
+        counter["orphans"] += self._orphans
 
     def _reference(self, name: str) -> tuple[dict[str, Any], int]:
         """Outputs of an undisturbed run, and how far its progress goes; made once."""
@@ -216,6 +222,8 @@ class Campaign:
             process.kill()
             process.wait()
             raise AssertionError(f"the run hung ({directory.name})") from None
+        # Whatever it started (grading workers) carries the marker and must end with it.
+        self._orphans += len(faults.wait_for_no_leftovers(self._marker))
         process.log.seek(0)
         text = process.log.read().decode(errors="replace")
         process.log.close()
@@ -226,3 +234,7 @@ class Campaign:
             last = text.strip().splitlines()[-1]
             raise AssertionError(f"a traceback was printed: {last[:300]}")
         return int(status)
+
+
+def _cells(counter: collections.Counter[str]) -> str:
+    return "".join(f"{counter[column]:>10}" for column in COLUMNS)

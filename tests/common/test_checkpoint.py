@@ -1,5 +1,6 @@
 """Checkpoints: round trips, differences in words, damage, kills in the middle of a save."""
 
+import json
 import os
 import signal
 import subprocess
@@ -258,3 +259,39 @@ def test_a_full_disk_under_the_storage_librarys_name(
         with pytest.raises(UserError, match="checkpoint 2 .*No space left.*same command again"):
             checkpointer.save(2, {"x": jnp.ones(3)}, {})
         assert checkpointer.all_steps() == [1]
+
+
+@pytest.mark.parametrize("where", ["summary", "host"])
+def test_a_checkpoint_of_a_later_version_is_refused(tmp_path: Path, where: str) -> None:
+    with Checkpointer(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"w": np.zeros(2)}, {})
+    step = tmp_path / "2"
+    path = step / ("summary.json" if where == "summary" else "host/metadata")
+    content = json.loads(path.read_text())
+    assert content["format"] == 1
+    path.write_text(json.dumps({**content, "format": 2}))
+    if where == "host":
+        (step / "summary.json").unlink()
+    with Checkpointer(tmp_path) as checkpoints:
+        # Not the older step in its place: what is newest would be lost silently.
+        with pytest.raises(UserError, match="format 2, this version reads up to 1"):
+            checkpoints.restore({"w": np.zeros(2)})
+        content.pop("format")  # as before there was a number
+        path.write_text(json.dumps(content))
+        checkpoints.restore({"w": np.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    "content", ["[1]", "{}", '{"host": {}, "settings": {}, "leaves": {"w": 1}}']
+)
+def test_a_strange_json_item_is_damage(tmp_path: Path, content: str) -> None:
+    with Checkpointer(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": np.zeros(2)}, {})
+    (tmp_path / "1" / "host" / "metadata").write_text(content)
+    (tmp_path / "1" / "summary.json").unlink()
+    with (
+        Checkpointer(tmp_path) as checkpoints,
+        pytest.raises(UserError, match="every checkpoint is damaged"),
+    ):
+        checkpoints.restore({"w": np.zeros(2)})

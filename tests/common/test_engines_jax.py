@@ -210,6 +210,14 @@ def test_samples_do_not_depend_on_slots(engine, model):
     assert len({tuple(rollout.token_ids) for rollout in results[0]}) > 1
 
 
+def test_a_resumed_task_computes_the_same_bits(engine):
+    """Fewer rows alone would run in fewer slots: another program, other last bits."""
+    decoding = Decoding(1.0, 0.9, (cases.STOP,), seed=5)
+    whole = engine.sample(PROMPTS, [[0], [1], [2]], decoding, 12)
+    left = engine.sample(PROMPTS, [[], [1], []], decoding, 12, task_rows=3)
+    assert left == [[], whole[1], []]  # log-probabilities included
+
+
 def test_states_at(engine, model, tools):
     sequences = [PROMPTS[1] * 3, PROMPTS[2] * 40]
     got = engine.states_at(sequences, [[0, 14, 3], [39]], [1, 0])

@@ -181,3 +181,44 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
     with run.lock():
         pass
+
+
+@pytest.mark.parametrize(
+    ("last", "torn"),
+    [
+        (b'{"i": 1', True),
+        (b"{", True),
+        (b"\0\0\0\0", True),  # blocks a crash left unwritten
+        (b'{"i": 1\n', True),
+        (b"PK\x03\x04 an archive", False),
+        (b"[1", False),
+    ],
+)
+def test_only_what_a_crash_leaves_is_cut(tmp_path: Path, last: bytes, torn: bool) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"i": 0}\n' + last)
+    if torn:
+        assert rundir.read_jsonl(path) == [{"i": 0}]
+        assert rundir.repair_jsonl(path) == len(last)
+        assert path.read_bytes() == b'{"i": 0}\n'
+        return
+    for call in (rundir.read_jsonl, rundir.repair_jsonl):
+        with pytest.raises(UserError, match=r"rows\.jsonl:2:.*remove or mend"):
+            call(path)
+    assert path.read_bytes() == b'{"i": 0}\n' + last
+
+
+def test_rows_must_hold_their_fields(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"i": 0}\n{"i": "1"}\n')
+    assert len(rundir.read_jsonl(path)) == 2
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the row 'i' is a text"):
+        rundir.read_jsonl(path, {"i": int})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: the row lacks 'j'"):
+        rundir.read_jsonl(path, {"j": int})
+
+
+def test_a_directory_is_no_journal(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        rundir.read_jsonl(tmp_path / "rows.jsonl")

@@ -3,7 +3,7 @@
 import pytest
 
 from common.errors import UserError
-from common.startup import Start, decide, first_host, port_of
+from common.startup import Start, decide, first_host, port_of, require_single, take_devices
 
 EXPLICIT = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234",
@@ -149,3 +149,40 @@ def test_flags_win_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     flags.define_flags("configs/halting_parity.py:tiny", ("train",), values)
     flags.parse(["main", "--coordinator=h:1", "--num_processes=2", "--process_id=1"], values)
     assert decide() == Start("explicit", 2, 1, "h:1")
+
+
+@pytest.mark.parametrize(
+    ("environ", "word"),
+    [(EXPLICIT, "JAX_COORDINATOR_ADDRESS"), (STEP, "a SLURM step")],
+)
+def test_a_program_of_one_process_refuses_several(
+    environ: dict[str, str], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"one process, but 4 were started .{word}.*do as told"):
+        require_single("a program", "do as told")
+
+
+def test_a_program_of_one_process_starts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in BATCH.items():
+        monkeypatch.setenv(name, value)
+    require_single("a program", "do as told")
+
+
+@pytest.mark.parametrize(
+    ("local", "visible", "wanted"),
+    [
+        (None, "2,5", "2,5"),
+        ((1,), "2,5", "5"),
+        ((0,), "5", "5"),
+        ((3,), None, "3"),
+        ((0, 1), "4,6,7", "4,6"),
+    ],
+)
+def test_a_process_sees_its_own_devices(
+    local: tuple[int, ...] | None, visible: str | None, wanted: str
+) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    take_devices(Start("slurm", 4, 3, "here:1", local), environ)
+    assert environ.get("CUDA_VISIBLE_DEVICES") == wanted

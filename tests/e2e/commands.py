@@ -40,6 +40,17 @@ PAPER = (
     "--config.logging.sample_interval=1",
     "--config.rollout.save_relation=True",
 )
+# What a task of `srun -n 2` finds in its environment, without a scheduler.
+SECOND_OF_TWO = {
+    "SLURM_JOB_ID": "42",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "here",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_NODEID": "0",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+}
 PATIENCE = 900.0  # seconds until a slow test gives a command up, on a machine that is busy
 MEASURED = ("time/", "speed/", "memory/")
 

@@ -345,3 +345,34 @@ def _assert_close(one: Any, other: Any, where: str) -> None:
         assert abs(one - other) < 1e-5, where
     else:
         assert one == other, where
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40])
+def test_the_last_line_of_finished_rollouts_comes_back(copied: Path, call: Main, cut: int) -> None:
+    """A crash of the machine can tear a journal that was complete; nothing later was lost."""
+    run = _run(copied)
+    path, whole = run / "mine" / "rollouts.jsonl", (run / "mine" / "rollouts.jsonl").read_bytes()
+    start = whole.rstrip(b"\n").rfind(b"\n") + 1
+    path.write_bytes(whole[: start + cut])
+    assert call(*TINY, f"--config.outputs.root_dir={copied}", "--run_id=one", "--stage=all") == 0
+    assert path.read_bytes() == whole
+
+
+def test_a_refused_new_run_leaves_no_directory(tmp_path: Path, call: Main) -> None:
+    data = tmp_path / "gsm8k"
+    data.mkdir()
+    (data / "train.jsonl").write_text("nonsense\n")
+    options = ("--config.task.dataset=gsm8k", f"--config.task.data_root={tmp_path}")
+    with pytest.raises(UserError, match=r"train\.jsonl:1"):
+        call(*TINY, *options, f"--config.outputs.root_dir={tmp_path}/out", "--run_id=new")
+    assert not (tmp_path / "out" / "esm_tiny" / "new").exists()
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, call: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in commands.SECOND_OF_TWO.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="one process, but 2 were started.*--stage=suite"):
+        call(*TINY, f"--config.outputs.root_dir={tmp_path}")
+    assert not list(tmp_path.iterdir())

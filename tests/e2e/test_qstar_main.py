@@ -13,6 +13,7 @@ import pytest
 from absl import flags as absl_flags
 
 from common import flags
+from common.errors import UserError
 from common.rundir import read_jsonl
 from qstar import analyze
 from qstar import main as qstar_main
@@ -190,3 +191,21 @@ def test_killed_again_and_again(seed: int, main: Main, tmp_path: Path) -> None:
     other = tmp_path / "other"
     join_shards(other)
     close(other, tmp_path / "whole")
+
+
+def test_processes_of_one_command_make_parts(
+    main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two ranks makes every second row, whoever comes first or at all."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    for name, value in commands.SECOND_OF_TWO.items():
+        monkeypatch.setenv(name, value)
+    output = f"--output={tmp_path}/out.jsonl"
+    assert main(output, "--num_samples=4") == 0
+    assert [r["sample_idx"] for r in rows(tmp_path / "out.shard-1-of-2.jsonl")] == [1, 3]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    with pytest.raises(UserError, match="run.shard=0/3 names one part, but 2 processes"):
+        main(output, "--config.run.shard=0/3")
+    monkeypatch.delenv("SLURM_PROCID")
+    with pytest.raises(UserError, match="SLURM_PROCID"):
+        main(output)

@@ -30,6 +30,7 @@ def _row(number: int, correct: bool = True) -> dict[str, Any]:
         "example_id": str(number),
         "correct": correct,
         "pred": "1",
+        "gold": "1",
         "tokens_used": 3 + number,
         "finish_reason": "stop",
         "text": "x",
@@ -101,10 +102,15 @@ def _stored(directory: Path, normalize: bool = True) -> np.ndarray:
     keys = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     rows = [
         {"tool_id": i, "tool_name": f"t{i}", "layer": 1, "control_point_m": 1, "quality": 1.0,
-         "has_vector": i > 0}
+         "has_vector": i > 0, "entry_type": "wrong" if i else "right", "pair_id": i // 2,
+         "reward_gap": 1.0, "r_pos_mean": 1.0, "r_neg_mean": 0.0, "n_pos": 1, "n_neg": 1}
         for i in range(3)
     ]  # fmt: skip
-    save_memory(directory, keys, np.ones((3, 4), np.float32), rows, {"digest": "d"}, normalize)
+    manifest = {
+        "digest": "d", "layers": [1], "num_layers": 2, "M": 2, "mined": [], "delimiter": "\n",
+        "model": {"name": "m", "digest": "d"}, "prompt": {"hash": "h", "template": "t"},
+    }  # fmt: skip
+    save_memory(directory, keys, np.ones((3, 4), np.float32), rows, manifest, normalize)
     return keys
 
 
@@ -124,6 +130,9 @@ def test_damaged_memories_are_refused(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 0}))
     with pytest.raises(UserError, match="format 0"):
+        load_memory(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(UserError, match=r"format 2, this version reads up to 1.*--stage=memory"):
         load_memory(tmp_path)
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="--stage=memory"):

@@ -11,12 +11,14 @@ import pytest
 from common.errors import UserError
 from common.rundir import read_jsonl
 from qstar.writer import (
+    VERSION,
     Journal,
     all_data_files,
     check_manifest,
     data_row,
     done_samples,
     output_paths,
+    refuse_foreign,
     semantic_config,
     sort_output,
 )
@@ -151,3 +153,39 @@ def test_manifest(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match="manifest"):
         check_manifest(path, {})
+
+
+def test_an_output_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    refuse_foreign(output, (0, 1), {"seed": 0})  # nothing is there
+    output.write_text('{"mine": 1}\n{"mi')
+    with pytest.raises(UserError, match=r"out\.manifest\.json.*run\.output.*run\.overwrite"):
+        refuse_foreign(output, (0, 1), {"seed": 0})
+    check_manifest(tmp_path / "out.manifest.json", {"seed": 0})
+    refuse_foreign(output, (0, 1), {"seed": 0})
+    with pytest.raises(UserError, match="seed"):
+        refuse_foreign(output, (0, 1), {"seed": 1})
+
+
+def test_a_manifest_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "out.manifest.json"
+    check_manifest(path, {"version": VERSION + 1})
+    with pytest.raises(UserError, match=rf"format {VERSION + 1}, this version reads up to"):
+        check_manifest(path, {"version": VERSION})
+
+
+@pytest.mark.parametrize("left", ["", '{"sample_idx": 0}\n'])
+def test_samples_whose_diagnostics_were_lost_are_made_again(tmp_path: Path, left: str) -> None:
+    output = tmp_path / "out.jsonl"
+    with Journal(output) as journal:
+        for index in range(3):
+            journal.write(row(index), {"sample_idx": index})
+    (tmp_path / "out.diagnostics.jsonl").write_text(left)  # cut between two lines
+    with Journal(output) as journal:
+        assert len(journal.done) == 3  # nobody asked for them
+    with Journal(output, complete=("diagnostics",)) as journal:
+        assert journal.done == ({(0, 0)} if left else set())
+    assert len(read_jsonl(output)) == len(left.splitlines())
+    (tmp_path / "out.diagnostics.jsonl").unlink()
+    with Journal(output, complete=("diagnostics",)) as journal:
+        assert len(journal.done) == len(left.splitlines())  # taken away by someone
