@@ -4,7 +4,7 @@
         --plot results/reoac_pareto.png
 
 The full method trains the policy with group baselines, void operators masked, progress and hidden
-features, trials of other operators at three steps with O_BRANCH open, and the backbone (policy
+features, trials of other operators at two steps with O_BRANCH open, and the backbone (policy
 gradient and supervised loss). Every row leaves one of these out; `paper` is the original's
 algorithm. Accuracy, decisions, backbone passes (lookaheads included) and return on held-out
 problems, with 95 % intervals over problems; the picture shows accuracy against passes beside
@@ -29,7 +29,7 @@ from reoac_jax.models import load_models
 from reoac_jax.settings import RolloutSettings
 from reoac_jax.train import grader_for
 
-BRANCH_STEPS = (0, 3, 6)
+BRANCH_STEPS = (0, 2)
 FULL: dict[str, Any] = {
     "rollout.branch_steps": BRANCH_STEPS,
     "rollout.branching": True,
@@ -126,7 +126,7 @@ def main() -> None:
     names = [*WITHOUT, PAPER]
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", default=",".join(names), help="names separated by commas")
-    parser.add_argument("--problems", type=int, default=512)
+    parser.add_argument("--problems", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=0, help="0 = the config's")
     parser.add_argument("--root", default="runs/bench_ablation")
     parser.add_argument("--json", default="")
@@ -147,7 +147,7 @@ def main() -> None:
 
     summaries, curve = [], []
     with grader_for(base, models, evaluation=True) as grader:
-        for tau in (*THRESHOLDS, 0.3, 0.8, 0.95):
+        for tau in (0.2, *THRESHOLDS, 0.8, 0.95):
             row = threshold_row(models, base, prompts, grader, tau)
             curve.append(finished(row, row.steps))
     for name in options.rows.split(","):
