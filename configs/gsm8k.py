@@ -54,8 +54,8 @@ def _embedded(c: ConfigDict) -> None:
     c.rollout.group_size = 4
     c.rollout.cost_lambda = 3.0  # a pass costs as much as 5 % accuracy
     c.rollout.save_relation = False
-    # O_SCOPE writes what is sure on the whole canvas, O_NUM and O_OP in their class, O_FAST all that
-    # is left at twice the price: the policy decides when certainty is worth another pass.
+    # O_SCOPE writes what is sure on the whole canvas, O_NUM and O_OP in their class, O_FAST all
+    # that is left, at twice the price: the policy decides when certainty is worth another pass.
     for name, threshold in (("O_NUM", 0.5), ("O_OP", 0.5), ("O_SCOPE", 0.7)):
         c.operators[name].k = 40
         c.operators[name].step_scale = 0.0
