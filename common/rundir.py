@@ -131,7 +131,7 @@ def _scan_jsonl(path: Path, fields: Fields | None) -> tuple[list[dict[str, Any]]
                 row = parse_json(line)
             if not isinstance(row, dict):
                 # A crash leaves the beginning of a row, or blocks that were never written.
-                torn = not line.endswith(b"\n") and line.lstrip(b"\0")[:1] in (b"{", b"")
+                torn = line.lstrip(b"\0")[:1] in (b"{", b"", b"\n")
                 if number == len(lines) and torn:
                     return rows, good, False
                 raise UserError(f"{path}:{number}: not a JSON object; remove or mend this line")

@@ -14,6 +14,7 @@ from typing import Any
 from common.answers.choices import LETTERS
 from common.data import read_records
 from common.errors import UserError
+from common.hub import load_rows
 from common.json_files import kind_of
 from common.problems_one_step import OneStepProblemSet
 
@@ -30,8 +31,8 @@ class TaskExample:
         question: the text that is asked, without instructions or options.
         answer: the reference as the graders expect it (`common.answers.grade_task`): worked
             solution for GSM8K and MATH, number, letter, or Yes/No.
-        meta: split, and what else the data set gives: "answer" (bare), "options" ((letter, text),
-            ...), subject, level, url, year.
+        meta: split, the commit where it came from the hub, and what else the data set gives:
+            "answer" (bare), "options" ((letter, text), ...), subject, level, url, year.
     """
 
     task: str
@@ -277,27 +278,29 @@ def _generated(split: str, seed: int) -> list[TaskExample]:
 
 def _from_rows(name: str, split: str, root: Path) -> list[TaskExample]:
     source = _SOURCES[name]
-    rows, where = _rows(name, source, split, root)
+    rows, where, commit = _rows(name, source, split, root)
+    origin = {"commit": commit} if commit else {}
     examples = []
     for number, row in enumerate(rows):
         try:
             identity, question, answer, meta = source.make(row, number)
         except UserError as error:
             raise UserError(f"{where}: row {number}: {error}") from error
-        frozen = MappingProxyType({"split": split, **meta})
+        frozen = MappingProxyType({"split": split, **origin, **meta})
         examples.append(TaskExample(name, identity, question, answer, frozen))
     if not any(example.answer for example in examples):
         raise UserError(f"{where}: this split holds no answers; use another (validation, train)")
     return examples
 
 
-def _rows(name: str, source: _Source, split: str, root: Path) -> tuple[Sequence[Row], str]:
+def _rows(name: str, source: _Source, split: str, root: Path) -> tuple[Sequence[Row], str, str]:
+    """Rows, where they lie, and the commit they were downloaded from ("" for local files)."""
     for pattern in source.files:
         path = root / pattern.format(split=split)
         found = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
         for file in found:
             if file.exists():
-                return read_records(file), str(file)
+                return read_records(file), str(file), ""
     present = _present_splits(source, root)
     if present:
         raise UserError(
@@ -319,7 +322,7 @@ def _present_splits(source: _Source, root: Path) -> list[str]:
     return sorted(found)
 
 
-def _download(name: str, source: _Source, split: str, root: Path) -> tuple[Sequence[Row], str]:
+def _download(name: str, source: _Source, split: str, root: Path) -> tuple[Sequence[Row], str, str]:
     """The rows on the hub, unless the environment forbids going there."""
     expected = root / source.files[0].format(split=split)
     advice = f"put it at {expected} or set task.data_root"
@@ -327,10 +330,8 @@ def _download(name: str, source: _Source, split: str, root: Path) -> tuple[Seque
         raise UserError(f"task.dataset={name}: no file for split {split}; {advice}")
     hub, config = source.hub
     try:
-        import datasets
-
-        rows: Iterable[Row] = datasets.load_dataset(hub, config or None, split=split)
-        return [dict(row) for row in rows], hub
+        found = load_rows(hub, config, split)
+        return [dict(row) for row in found.rows], f"{hub}@{found.commit}", found.commit
     except Exception as error:  # the client raises whatever its own layers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

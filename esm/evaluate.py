@@ -219,6 +219,8 @@ def open_results(evaluation: Evaluation, method: str, memory_digest: str) -> Res
     settings = {key: value for key, value in settings.items() if key not in _NEUTRAL}
     settings["model"] = evaluation.sessions.model_name
     settings["prompt"] = evaluation.sessions.prompt_record
+    if commit := evaluation.examples[0].meta.get("commit"):
+        settings["dataset_commit"] = commit
     if method not in SAMPLED:
         settings["memory"] = memory_digest
     return Results(evaluation.directory(method), settings, evaluation.examples)

@@ -375,6 +375,7 @@ def _finish_states(
             "M": config.control_points.M,
             "dataset": config.task.dataset,
             "split": examples[0].meta["split"],
+            "dataset_commit": examples[0].meta.get("commit", ""),
             "mined": identities(examples),
         },
     )

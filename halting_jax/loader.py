@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from common import dist, log
 from common.checkpoint import Checkpointer
 from common.errors import UserError
+from common.json_files import read_json_object
 from common.rundir import atomic_write_json
 from halting_jax.build import Built, act_rnn_settings, build, ut_settings
 from halting_jax.defaults import FILE_TASKS, check_overrides, finalize, get_default_config
@@ -73,11 +74,14 @@ def load_config(run: Path) -> ConfigDict:
     """
     config = get_default_config()
     saved = saved_config(run)
-    if "model" not in saved or "task" not in saved:
-        raise UserError(f"{run}: its config is none of halting_jax; name a run of this package")
     saved["model"].setdefault("type", "act_rnn")  # as in runs before there was a choice
-    _merge(config, saved, "")
-    finalize(config)
+    try:
+        _merge(config, saved, "")
+        finalize(config)
+    except UserError as error:
+        raise UserError(
+            f"{run / 'config_resolved.json'}: {error}; restore the file, or name another run"
+        ) from error
     return config
 
 
@@ -246,18 +250,19 @@ jax.tree_util.register_dataclass(_State, ["params", "ema", "step"], [])
 
 
 def _facts(run: Path) -> dict[str, Any]:
-    try:
-        facts: dict[str, Any] = json.loads((run / "model.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run}: holds no readable model.json; train first") from error
-    return facts
+    return read_json_object(run / "model.json", "train first, or restore it", {"steps": int})
 
 
 def _merge(config: ConfigDict, saved: dict[str, Any], prefix: str) -> None:
     for key, value in saved.items():
         if key not in config:
             raise UserError(f"the run's config has the unknown key {prefix}{key}")
+        if isinstance(value, dict) != isinstance(config[key], ConfigDict):
+            raise UserError(f"the run's config has no section or value {prefix}{key} as it should")
         if isinstance(value, dict):
             _merge(config[key], value, f"{prefix}{key}.")
-        else:
+            continue
+        try:
             config[key] = tuple(value) if isinstance(value, list) else value
+        except (TypeError, ValueError):
+            raise UserError(f"the run's config has a wrong value of {prefix}{key}") from None

@@ -1,6 +1,5 @@
 """--mode=train: draw, step, log, validate, save; one function read from top to bottom."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from common import dist, flags, log
 from common.checkpoint import Checkpointer
 from common.errors import Interrupted, UserError
 from common.fsdp import Layout
+from common.json_files import Fields, read_json_object
 from common.metrics import MetricWriter, StepTimer, peak_memory
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
@@ -457,8 +457,8 @@ def saved_config(run: Path) -> dict[str, Any]:
     Raises:
       UserError: there is none.
     """
-    try:
-        config: dict[str, Any] = json.loads((run / "config_resolved.json").read_text())["config"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run}: holds no readable config_resolved.json; train first") from error
+    cure = "train first, or name the run directory of a training run"
+    path = run / "config_resolved.json"
+    fields: Fields = {"config": dict, "config.model": dict, "config.task": dict}
+    config: dict[str, Any] = read_json_object(path, cure, fields)["config"]
     return config

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from common import hub
 from common.data import SUFFIXES, read_records
 from common.errors import UserError, require
 
@@ -96,15 +97,16 @@ def _saved(path: Path, split: str) -> Rows:
 
 def _from_hub(name: str, split: str) -> Rows:
     """A data set of the Hugging Face hub, from its cache where it was loaded before."""
-    datasets = _library()
+    _library()
     try:
-        found = datasets.load_dataset(name, split=split)
+        found, commit = hub.load_rows(name, "", split)
     except Exception as error:  # the client raises a dozen types for a dozen causes
         raise UserError(
             f"data.name: no file '{name}' here, and the hub gave no data set of that name with "
             f"split {split!r} ({_first(error)})"
         ) from error
-    return Rows(found, str(found._fingerprint))
+    # The manifest keeps it: a branch moves, a commit does not.
+    return Rows(found, f"{hub.split_revision(name)[0]}@{commit} {found._fingerprint}")
 
 
 def _library() -> Any:

@@ -67,6 +67,8 @@ def load_models(config: ConfigDict) -> Models:
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or hub.directory)
         network = _stored_network(config, hub, tokenizer)
         backbone, params, provenance = make_backbone(network), hub.params, hub.provenance
+    if tokenizer.source:
+        provenance = {**provenance, "tokenizer": tokenizer.source}
     if len(tokenizer) > backbone.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} ids, the backbone {backbone.vocab_size}: set "

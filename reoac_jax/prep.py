@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from common import hub
 from common.data import read_records
 from common.errors import UserError
+from common.problems_math import SUBJECTS as MATH_SUBJECTS
 from common.rundir import atomic_write, json_text
 from reoac_jax.records import FieldNames, Prepared, Record, check_task, prepare, toy_records
 
@@ -19,15 +21,6 @@ HUB_SOURCES = {
     "gsm8k": ("openai/gsm8k", "main"),
     "math": ("EleutherAI/hendrycks_math", ""),
 }
-MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
-)
 _PATH_KEYS = {"train": "dataset.train_path", "test": "dataset.eval_path"}
 _RAW_KEYS = {"train": "dataset.raw_train_path", "test": "dataset.raw_eval_path"}
 
@@ -218,7 +211,8 @@ def download(task: str, split: str, options: DatasetOptions) -> list[dict[str, A
         options: names of the source.
 
     Returns:
-        Raw rows; MATH rows with their `subject` added, subject after subject.
+        Raw rows with their `source`, "owner/name@commit", added; MATH rows also with their
+        `subject`, subject after subject.
 
     Raises:
         UserError: if the source cannot be reached or has no such split.
@@ -227,12 +221,12 @@ def download(task: str, split: str, options: DatasetOptions) -> list[dict[str, A
     subjects = options.math_subjects if task == "math" else ("",)
     rows: list[dict[str, Any]] = []
     try:
-        import datasets
-
         for subject in subjects:
-            part = datasets.load_dataset(name, subject or config or None, split=split)
+            part = hub.load_rows(name, subject or config, split)
             extra = {"subject": subject} if subject else {}
-            rows.extend({**row, **extra} for row in part)
+            # A branch moves, a commit does not: every record says which it came from.
+            extra["source"] = f"{hub.split_revision(name)[0]}@{part.commit}"
+            rows.extend({**row, **extra} for row in part.rows)
     except Exception as error:  # the client raises whatever its own layers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -327,7 +321,9 @@ def _local_source(
     if explicit:
         file = options.resolve(explicit)
         if not file.exists():
-            raise UserError(f"{_RAW_KEYS[split]}={explicit}: no such file ({file})")
+            raise UserError(
+                f"{_RAW_KEYS[split]}={explicit}: no such file ({file}); set it to a local file"
+            )
         return file
     named = config.dataset.get(f"{name}_path", "")
     if named and named != GENERATED:

@@ -14,7 +14,9 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from common import hub
 from common.errors import UserError
+from common.json_files import read_json_object
 from common.rundir import atomic_write, atomic_write_json
 
 EOS_TOKEN = "<|endoftext|>"
@@ -39,7 +41,13 @@ _PIECES = (
 
 
 class Tokenizer:
-    """Text <-> ids with the special ids the sampler needs; specials in a text are plain text."""
+    """Text <-> ids with the special ids the sampler needs; specials in a text are plain text.
+
+    Attributes:
+        source: "owner/name@commit" of one from the hub, else "".
+    """
+
+    source = ""
 
     def __init__(
         self,
@@ -220,13 +228,7 @@ def save_tokenizer(core: tokenizers.Tokenizer, directory: str | Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"tokenizer: {path} is not valid JSON ({error}): restore it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"tokenizer: {path} must hold a JSON object: restore it")
-    return content
+    return read_json_object(path, "restore it, or name another tokenizer")
 
 
 def _named_specials(directory: Path) -> dict[str, str]:
@@ -234,7 +236,7 @@ def _named_specials(directory: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for file_name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / file_name
-        if not path.is_file():
+        if not path.exists():
             continue
         for name, value in _read_json(path).items():
             text = value.get("content") if isinstance(value, dict) else value
@@ -300,7 +302,9 @@ def _load_hub(name: str) -> Tokenizer:
             f"tokenizer '{name}' needs the package transformers: install it or {cure}"
         ) from error
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        plain, revision = hub.split_revision(name)
+        directory = hub.download_model(plain, revision, ("*.json", "*.txt", "*.model"))
+        loaded = AutoTokenizer.from_pretrained(str(directory))
     except Exception as error:  # offline, unknown name and gated name raise unrelated types
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"tokenizer '{name}' cannot be loaded ({reason}): {cure}") from error
@@ -309,7 +313,9 @@ def _load_hub(name: str) -> Tokenizer:
         raise UserError(f"tokenizer '{name}' has no fast version: {cure}")
     names = ("eos_token", "pad_token", "bos_token", "mask_token")
     named = {key: str(value) for key in names if (value := getattr(loaded, key, None)) is not None}
-    return _wrap(core, named)
+    tokenizer = _wrap(core, named)
+    tokenizer.source = f"{plain}@{directory.name}"
+    return tokenizer
 
 
 def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
@@ -318,7 +324,7 @@ def load_tokenizer(path_or_name: str | Path) -> Tokenizer:
     Args:
         path_or_name: "embedded_e2d2" (ships with this package), a directory with tokenizer.json
             (special tokens from tokenizer_config.json if present), a tokenizer.json file, a
-            directory with vocab.json and merges.txt, or a hub name.
+            directory with vocab.json and merges.txt, or a hub name, perhaps with "@revision".
 
     Returns:
         The tokenizer. Only a hub name imports transformers.

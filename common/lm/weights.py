@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from common.errors import UserError, require
+from common.hub import download_model
 from common.lm.config import DecoderConfig, read_config, read_stop_ids, to_hf
 from common.lm.decoder import build_params, param_shapes, params_by_path
 from common.lm.sharding import check_divides, param_sharding
@@ -258,10 +259,8 @@ def locate_model(name: str, revision: str = "") -> Path:
     if len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
         raise UserError(f"no model at '{name}': not a path here, nor 'owner/name' of the hub")
     try:
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        patterns = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+        return download_model(name, revision, patterns)
     except Exception as error:  # the client raises a dozen types for a dozen causes
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot download model '{name}': {reason}") from error

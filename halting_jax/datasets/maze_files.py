@@ -19,6 +19,7 @@ import numpy as np
 
 from common import log
 from common.errors import UserError, require
+from common.json_files import read_json_object
 from common.rundir import atomic_write_json
 from halting_jax.datasets import aug8
 from halting_jax.datasets.maze_solver import path_moves, side_of
@@ -284,16 +285,13 @@ def _as_stored(recipe: dict[str, Any]) -> dict[str, Any]:
 def _read_split(directory: Path) -> MazeData:
     cure = f"build the data set again with {BUILD_COMMAND}"
     path = directory / "dataset.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        seq_len, vocab_size = (int(description[name]) for name in ("seq_len", "vocab_size"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {cure}") from None
-    except KeyError as error:
-        raise UserError(f"{path} lacks {error}; {cure}") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no JSON object with seq_len and vocab_size ({error})") from None
-    require(1 <= vocab_size <= 256, f"{path}: vocab_size must be 1 to 256, got {vocab_size}")
+    description = read_json_object(path, cure, {"seq_len": int, "vocab_size": int})
+    seq_len, vocab_size = description["seq_len"], description["vocab_size"]
+    require(
+        seq_len > 0 and 1 <= vocab_size <= 256,
+        f"{path}: seq_len must be positive and vocab_size 1 to 256, got {seq_len} and "
+        f"{vocab_size}; {cure}",
+    )
     inputs, labels = (
         _read_tokens(directory / f"all__{name}.npy", seq_len, vocab_size, cure)
         for name in ("inputs", "labels")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.json_files import NotJson, parse_json
 from common.rundir import atomic_write
 from common.torch_files import write_safetensors
 
@@ -20,10 +21,10 @@ IGNORED_TENSORS = ("*static_attention_mask", "*rotary_emb.inv_freq", "*.empty")
 def read_json(path: Path) -> Json:
     """Reads one JSON object; a `UserError` names a missing or broken file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"no '{path.name}' in '{path.parent}'") from error
-    except (OSError, ValueError) as error:
+    except (OSError, NotJson) as error:
         raise UserError(f"'{path}' is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' must hold a JSON object")

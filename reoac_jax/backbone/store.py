@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import torch_bridge
+from common import hub, torch_bridge
 from common.errors import UserError
 from common.lm.config import Llama3Scaling
 from common.lm.layers import Params
@@ -85,7 +85,8 @@ def load_backbone(
 
     Args:
         name: "embedded" (ships with this package), a directory in hub layout, a converted
-            directory, a weight file beside its `config.json`, or a hub name.
+            directory, a weight file beside its `config.json`, or a hub name, perhaps with
+            "@revision"; the commit that was read stands in `provenance` and `source`.
         base_config: Config of the base model, when the directory does not have it (E2D2).
         family: What it must be, one of `FAMILIES`; None = what its files say. A training
             checkpoint of MDLM or SEDD without `config.json` needs it.
@@ -98,7 +99,7 @@ def load_backbone(
         UserError: Nothing usable there, broken or contradictory files, or an unreachable hub.
     """
     path = EMBEDDED_DIR if str(name) == EMBEDDED_NAME else Path(name).expanduser()
-    weights = None
+    weights, commit = None, ""
     if path.is_file():
         path, weights = path.parent, path
     if not path.is_dir():
@@ -109,8 +110,17 @@ def load_backbone(
                 f"a hub name or '{EMBEDDED_NAME}'"
             )
         path = _download(text)
+        commit = path.name
     try:
-        return _load_directory(str(name), path, weights, base_config, family, overrides)
+        found = _load_directory(str(name), path, weights, base_config, family, overrides)
+        if not commit:
+            return found
+        # What the run keeps: a branch moves, a commit does not.
+        place = f"{hub.split_revision(str(name))[0]}@{commit}"
+        return found._replace(
+            provenance={**found.provenance, "weights": place},
+            source={**found.source, "revision": commit},
+        )
     except UserError as error:
         raise UserError(
             f"backbone '{path}': {error}; restore its files, or set {_CONFIG_KEY} to another model"
@@ -166,12 +176,10 @@ def _download(name: str) -> Path:
             f"backbone '{name}' was never published: set {_CONFIG_KEY} to {_UNPUBLISHED[name]}"
         )
     try:
-        from huggingface_hub import snapshot_download
+        plain, revision = hub.split_revision(name)
+        return hub.download_model(plain, revision, ("*.json", "*.safetensors", "*.bin", "*.txt"))
     except ImportError as error:
         raise UserError(f"backbone '{name}' needs the package huggingface_hub: {cure}") from error
-    try:
-        patterns = ["*.json", "*.safetensors", "*.bin", "*.txt"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, unknown and gated names raise unrelated types
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"backbone '{name}' cannot be downloaded ({reason}): {cure}") from error

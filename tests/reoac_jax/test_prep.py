@@ -38,6 +38,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+COMMIT = "c" * 40
+
+
 def _config(**dataset: Any) -> ConfigDict:
     names = {"task": "gsm8k", "train_path": "generated", "eval_path": "generated"}
     return ConfigDict({"seed": 0, "dataset": {**names, **dataset}})
@@ -55,7 +58,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[Any, ...]
     def install(answer: Any) -> list[tuple[Any, ...]]:
         calls: list[tuple[Any, ...]] = []
 
-        def load(name: str, config: str | None, split: str) -> Any:
+        def load(name: str, config: str | None, split: str, revision: str) -> Any:
+            assert revision == COMMIT
             calls.append((name, config, split))
             if isinstance(answer, Exception):
                 raise answer
@@ -64,6 +68,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[tuple[Any, ...]
         module = types.ModuleType("datasets")
         module.load_dataset = load  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", module)
+        monkeypatch.setattr("common.hub.commit_of", lambda *name: COMMIT)
         return calls
 
     return install
@@ -241,7 +246,9 @@ def test_run_prep_math_from_the_hub(tmp_path: Path, hub: Callable[[Any], list[An
     assert [r["id"] for r in records] == [
         f"math-{name}-test-{i}" for name in subjects for i in range(2)
     ]
-    assert records[0]["metadata"] == {"level": "Level 1", "type": "T", "subject": "algebra"}
+    source = f"EleutherAI/hendrycks_math@{COMMIT}"
+    extra = {"level": "Level 1", "type": "T", "subject": "algebra", "source": source}
+    assert records[0]["metadata"] == extra
     again = prep.load_dataset(tmp_path / "dataset/raw/math/test.jsonl", "math", "test")
     assert [json_text(r) for r in again] == [json_text(r) for r in records]
 

@@ -190,12 +190,12 @@ def test_bad_paths_are_user_errors(tmp_path):
 
 
 def test_unreachable_hub_name_names_the_cure(monkeypatch):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
 
-    def offline(name: str) -> None:
+    def offline(name: str, *rest: object) -> None:
         raise OSError(f"no connection\nwhile loading {name}")
 
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
+    monkeypatch.setattr("common.hub.download_model", offline)
     with pytest.raises(UserError) as caught:
         load_tokenizer("some-owner/some-model")
     message = str(caught.value)
@@ -210,8 +210,17 @@ def test_hub_tokenizer_is_wrapped(monkeypatch):
         eos_token="<|endoftext|>",
         mask_token="<|mask|>",
     )
+    asked = []
+
+    def download(name, revision, patterns):
+        asked.append((name, revision))
+        return Path("somewhere") / ("a" * 40)
+
+    monkeypatch.setattr("common.hub.download_model", download)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: fast)
-    loaded = load_tokenizer("some-owner/some-model")
+    loaded = load_tokenizer("some-owner/some-model@v2")
+    assert asked == [("some-owner/some-model", "v2")]
+    assert loaded.source == "some-owner/some-model@" + "a" * 40
     text = "Mia has 12 pens. <|mask|>"
     assert loaded.encode(text) == EMBEDDED.encode(text)
     assert (loaded.eos_id, loaded.pad_id, loaded.mask_id) == (

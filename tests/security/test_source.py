@@ -124,3 +124,24 @@ def test_remote_code_needs_the_users_key() -> None:
             value = keyword(call, "trust_remote_code")
             if value is not None and not isinstance(value, ast.Constant):
                 assert "trust_remote_code" in ast.unparse(value), f"{path}: {name}"
+
+
+DOWNLOADS = ("load_dataset", "snapshot_download", "hf_hub_download", "urlopen", "urlretrieve")
+
+
+def test_downloads_go_through_one_module() -> None:
+    """`common.hub` settles the commit first; nothing else asks the hub for files."""
+    found = []
+    for path in sources():
+        if path == REPOSITORY / "common" / "hub.py":
+            continue
+        for call, name in calls(ast.parse(path.read_text())):
+            called = name.rpartition(".")[2]
+            own = name == "load_dataset" and path.name == "prep.py"  # a function of that module
+            if called in DOWNLOADS and not own:
+                found.append(f"{path.relative_to(REPOSITORY)}:{call.lineno} {name}")
+            # Tokenizers and models are loaded from directories, never by a name of the hub.
+            local = keyword(call, "local_files_only") is not None or "str(" in ast.unparse(call)
+            if called == "from_pretrained" and not local:
+                found.append(f"{path.relative_to(REPOSITORY)}:{call.lineno} {name}")
+    assert not found, found
