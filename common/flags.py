@@ -202,22 +202,28 @@ def load_config(spec: str) -> config_dict.ConfigDict:
         path = REPOSITORY / path
     if not path.is_file():
         others = [_short(p) for p in sorted((REPOSITORY / "configs").glob("*.py"))]
-        raise UserError(f"config file {name!r} not found{nearest(name, others)}")
+        cure = nearest(name, others) or f"; name one, such as {others[0]}"
+        raise UserError(f"config file {name!r} not found{cure}")
     module_spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
-        raise UserError(f"config file {name!r} is not a Python file")
+        raise UserError(f"config file {name!r} is not a Python file; rename it to end in .py")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from error
+        place = f"{path}:{error.lineno}" if error.lineno else str(path)
+        raise UserError(f"{place}: {error.msg}; mend this line of the config") from error
     except Exception as error:
-        raise UserError(f"config file {name!r}: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"config file {name!r}: {type(error).__name__}: {error}; mend it"
+        ) from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
-        raise UserError(f"config file {name!r} has no function get_config()")
+        raise UserError(
+            f"config file {name!r} has no function get_config(); add one that returns a ConfigDict"
+        )
     if colon and not inspect.signature(get_config).parameters:
         raise UserError(f"config file {name!r} has no variants, got {variant!r}")
     try:

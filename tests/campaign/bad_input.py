@@ -72,7 +72,7 @@ def tree_cases(main: str, part: str, directory: Path, share: float = 1.0) -> Ite
         share: of the cases that are tried; at least one of every file.
     """
     from tests.campaign import checkpoints
-    from tests.campaign.places import SCENES
+    from tests.campaign.scenes import SCENES
     from tests.campaign.trees import Trees, cases
 
     scene = SCENES[main]

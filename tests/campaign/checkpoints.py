@@ -7,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaign import damage
+from tests.campaign.files_esm import ONE, outputs, stage
+from tests.campaign.files_halting import evaluate
 from tests.campaign.mains import HALTING, QSTAR, REOAC
-from tests.campaign.places import (
-    ONE,
-    Kinds,
-    Place,
-    _done,
-    _esm_outputs,
-    _esm_stage,
-    _evaluate,
-)
+from tests.campaign.places import Kinds, Place, done
 
 NEWER = 99
 STEPS = "checkpoint"  # how the line must name what is wrong
@@ -116,7 +110,7 @@ RECOVERED: Kinds = {
 
 
 def _reoac(tree: Path) -> None:
-    _done(
+    done(
         "reoac_jax.main",
         *REOAC,
         "--config.num_iterations=1",
@@ -141,7 +135,7 @@ REOAC_PLACES = (
 
 
 def _halting(tree: Path) -> None:
-    _done(
+    done(
         "halting_jax.main",
         *HALTING,
         "--config.train.max_steps=20",
@@ -159,7 +153,7 @@ def _training(*more: str) -> Callable[[Path], list[str]]:
 
 
 HALTING_PLACES = (
-    Place("run/checkpoints", _evaluate, KINDS, STEPS),
+    Place("run/checkpoints", evaluate, KINDS, STEPS),
     Place(
         "run/checkpoints",
         lambda tree: ["--mode=export", f"--checkpoint={tree}/run", f"--output={tree}/exported"],
@@ -188,9 +182,9 @@ def _esm(tree: Path) -> None:
     from esm.tiny import tiny_model
 
     shutil.copytree(tiny_model(seed=1), tree / "model1")
-    words = _esm_stage("all")(tree)
+    words = stage("all")(tree)
     changed = [w.replace(f"{tree}/model", f"{tree}/model1") for w in words if w != "--run_id=one"]
-    _done("esm.main", *changed, "--run_id=two")
+    done("esm.main", *changed, "--run_id=two")
 
 
 def _replaced_by_two(name: str) -> Callable[[Path], None]:
@@ -216,26 +210,24 @@ def _newer(key: str) -> Kinds:
 ESM_PLACES = (
     Place(
         f"{ONE}/memory/manifest.json",
-        _esm_stage("eval"),
+        stage("eval"),
         {**_newer("format_version"), "memory of another model": _replaced_by_two("memory")},
         "memory",
     ),
     Place(
         f"{ONE}/eval/ESM_T16/settings.json",
-        _esm_stage("eval"),
+        stage("eval"),
         {"results of another model": _replaced_by_two("eval")},
         "eval",
-        outputs=_esm_outputs,
+        outputs=outputs,
     ),
-    Place(
-        f"{ONE}/library/manifest.json", _esm_stage("memory"), _newer("format_version"), "library"
-    ),
-    Place(f"{ONE}/mine/manifest.json", _esm_stage("select"), _newer("format_version"), "mine"),
+    Place(f"{ONE}/library/manifest.json", stage("memory"), _newer("format_version"), "library"),
+    Place(f"{ONE}/mine/manifest.json", stage("select"), _newer("format_version"), "mine"),
 )
 
 
 def _qstar(tree: Path) -> None:
-    _done(
+    done(
         "qstar.main",
         *QSTAR,
         "--config.model.t=tiny:3",

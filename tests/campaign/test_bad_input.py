@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.campaign import damage
+from tests.campaign import damage, in_process
 from tests.campaign.bad_input import PARTS, Result, run, table, tree_cases
 from tests.campaign.in_process import Ended
+from tests.campaign.scenes import SCENES
+from tests.campaign.trees import ENVIRON, Trees
 from tests.campaign.verdicts import changes, contents, refused_properly
+from tests.e2e import commands
 
 MAINS = ("reoac", "halting", "qstar", "esm")
 
@@ -27,6 +30,25 @@ def test_all_wrong_files_and_checkpoints(main: str) -> None:
     print("\n" + table(results))
     failed = [(r.where, r.kind, r.problem) for r in results if r.problem]
     assert not failed, failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("main", MAINS)
+def test_a_process_ends_as_the_call_does(main: str, tmp_path: Path) -> None:
+    """The campaign calls the mains; started as a shell does, one says the same."""
+    scene, trees = SCENES[main], Trees(tmp_path)
+    place = scene.places[0]
+    tree = trees.copy(scene, place)
+    place.kinds["binary"](tree / place.file)
+    arguments = place.arguments(tree)
+    called = in_process.run(scene.module, arguments, ENVIRON)
+    started = commands.run(*arguments, module=scene.module, **ENVIRON)
+    assert called.status == started.returncode == 2
+    lines = [
+        [line for line in text.splitlines() if line.startswith("error:")]
+        for text in (called.stderr, started.stderr)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 1
 
 
 GOOD = "error: data.jsonl:3: not valid JSON; mend the line\n"

@@ -1,5 +1,6 @@
 """The faults do what they say; a minute of the campaign loses nothing."""
 
+import collections
 import random
 import subprocess
 import sys
@@ -63,6 +64,17 @@ def test_left_over_processes_are_found() -> None:
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_table_counts_orphans(tmp_path: Path) -> None:
+    campaign = Campaign({}, seed=3, directory=tmp_path)
+    campaign.counts["esm", "kill -9"] = collections.Counter(trials=2, survived=1, lost=1, orphans=4)
+    head, _, row, total = (line.split() for line in campaign.table().splitlines())
+    assert head[-1] == "orphans" and row[-1] == total[-1] == "4"
+    wanted = {"trials": 2, "injected": 0, "survived": 1, "lost": 1, "orphans": 4}
+    report = campaign.report()
+    assert report["rows"] == [{"main": "esm", "fault": "kill -9", **wanted}]
+    assert report["seed"] == 3 and campaign.lost == 1
 
 
 @pytest.mark.slow
