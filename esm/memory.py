@@ -195,12 +195,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _save_tree(directory: Path, memory: Memory) -> None:
-    """The arrays as an Orbax tree, for programs that read checkpoints."""
+    """The arrays as an Orbax tree, for programs that read checkpoints; none of an empty memory."""
     import shutil
 
     import orbax.checkpoint as ocp
 
     shutil.rmtree(directory, ignore_errors=True)
+    if not len(memory.keys):
+        return  # Orbax stores no arrays without elements
     tree = {
         "keys": memory.keys,
         "vectors": memory.vectors,

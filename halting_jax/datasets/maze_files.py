@@ -287,10 +287,9 @@ def _read_split(directory: Path) -> MazeData:
     path = directory / "dataset.json"
     description = read_json_object(path, cure, {"seq_len": int, "vocab_size": int})
     seq_len, vocab_size = description["seq_len"], description["vocab_size"]
+    require(seq_len > 0, f"{path}: seq_len must be positive, got {seq_len}; {cure}")
     require(
-        seq_len > 0 and 1 <= vocab_size <= 256,
-        f"{path}: seq_len must be positive and vocab_size 1 to 256, got {seq_len} and "
-        f"{vocab_size}; {cure}",
+        1 <= vocab_size <= 256, f"{path}: vocab_size must be 1 to 256, got {vocab_size}; {cure}"
     )
     inputs, labels = (
         _read_tokens(directory / f"all__{name}.npy", seq_len, vocab_size, cure)

@@ -98,19 +98,19 @@ def test_latest_is_the_newest_run_that_has_what_is_needed(tmp_path: Path) -> Non
     assert runs.read_latest(tmp_path) == "2"
 
 
-def _stored(directory: Path, normalize: bool = True) -> np.ndarray:
-    keys = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+def _stored(directory: Path, normalize: bool = True, count: int = 3) -> np.ndarray:
+    keys = np.random.default_rng(0).normal(size=(count, 4)).astype(np.float32)
     rows = [
         {"tool_id": i, "tool_name": f"t{i}", "layer": 1, "control_point_m": 1, "quality": 1.0,
          "has_vector": i > 0, "entry_type": "wrong" if i else "right", "pair_id": i // 2,
          "reward_gap": 1.0, "r_pos_mean": 1.0, "r_neg_mean": 0.0, "n_pos": 1, "n_neg": 1}
-        for i in range(3)
+        for i in range(count)
     ]  # fmt: skip
     manifest = {
         "digest": "d", "layers": [1], "num_layers": 2, "M": 2, "mined": [], "delimiter": "\n",
         "model": {"name": "m", "digest": "d"}, "prompt": {"hash": "h", "template": "t"},
     }  # fmt: skip
-    save_memory(directory, keys, np.ones((3, 4), np.float32), rows, manifest, normalize)
+    save_memory(directory, keys, np.ones((count, 4), np.float32), rows, manifest, normalize)
     return keys
 
 
@@ -120,6 +120,14 @@ def test_a_memory_is_normalised_however_it_is_stored(tmp_path: Path) -> None:
     memory, manifest = load_memory(tmp_path)
     np.testing.assert_allclose(np.linalg.norm(memory.keys, axis=1), 1, atol=1e-6)
     assert manifest["digest"] == "d" and memory.is_null.tolist() == [True, False, False]
+
+
+def test_an_empty_memory_is_stored(tmp_path: Path) -> None:
+    _stored(tmp_path)
+    _stored(tmp_path, count=0)
+    memory, manifest = load_memory(tmp_path)
+    assert memory.keys.shape == (0, 4) and manifest["entries"] == 0
+    assert not (tmp_path / "checkpoint").exists()  # that of the three before
 
 
 def test_damaged_memories_are_refused(tmp_path: Path) -> None:
