@@ -122,6 +122,6 @@ def test_unknown_dtypes_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         read_config(tmp_path)
     assert isinstance(from_hf(LLAMA, "bfloat16"), DecoderConfig)
