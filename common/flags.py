@@ -233,7 +233,7 @@ def load_config(spec: str) -> config_dict.ConfigDict:
     except ValueError as error:
         raise UserError(f"config {spec!r}: {error}") from error
     except Exception as error:
-        raise UserError(f"config {spec!r}: {type(error).__name__}: {error}") from error
+        raise UserError(f"config {spec!r}: {type(error).__name__}: {error}; mend it") from error
     if not isinstance(config, config_dict.ConfigDict):
         raise UserError(f"config {spec!r}: get_config() must return a ConfigDict")
     return config.lock()

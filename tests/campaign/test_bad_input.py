@@ -19,7 +19,7 @@ MAINS = ("reoac", "halting", "qstar", "esm")
 def test_a_part_of_all_wrong_files(main: str, share: float, tmp_path: Path) -> None:
     results = list(tree_cases(main, "file", tmp_path, share))
     failed = [(r.where, r.kind, r.problem) for r in results if r.problem]
-    assert len(results) > 15 and not failed, failed
+    assert len(results) > 5 and not failed, failed
 
 
 @pytest.mark.slow

@@ -58,7 +58,6 @@ class Trees:
 
     def problem(self, scene: Scene, place: Place, kind: str) -> str:
         """Damages one file and runs the command; what is wrong with its end, "" if nothing."""
-        wanted = self.outputs(scene, place)
         tree = self.copy(scene, place)
         place.kinds[kind](tree / place.file)
         before = contents(tree)
@@ -69,19 +68,18 @@ class Trees:
             if name in before or not name.startswith(place.may_make or ("\0",))
         }
         if kind in place.accepted and ended.status in place.accepted[kind]:
-            return _accepted(ended, place, wanted, tree)
+            found = place.outputs(tree) if place.outputs else {}
+            wanted = self.outputs(scene, place) if place.outputs else {}
+            return _accepted(ended, wanted, found)
         return refused_properly(
             ended, place.named or re.escape(Path(place.file).name), before, after
         )
 
 
-def _accepted(ended: Ended, place: Place, wanted: Any, tree: Path) -> str:
+def _accepted(ended: Ended, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Damage that is made good must leave what an undisturbed run leaves."""
     if "Traceback" in ended.stderr:
         return "a traceback, though it ended well"
-    if place.outputs is None:
-        return ""
-    found: Mapping[str, Any] = place.outputs(tree)
     differing = [k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k)]
     return f"accepted, but other results in {sorted(differing)[:3]}" if differing else ""
 

@@ -11,7 +11,7 @@ from tests.launch.runs import REPOSITORY
 LONGEST = 1200  # characters of an error line: a message, not a copy of the file
 # Words of a cure: what can be done, in the imperative.
 _CURES = re.compile(
-    r"\b(add|build|check|choose|continue|convert|copy|delete|download|fine-tune|fix|free|get|give|"
+    r"\b(add|build|check|choose|continue|convert|copy|delete|did you mean|download|fix|free|give|"
     r"install|lower|make|mend|mine|move|name|point|put|raise|remove|rename|replace|restore|run|"
     r"save|set|start|switch|take|train|update|use|wait|write)\b"
 )
