@@ -20,7 +20,6 @@ sigma counts as 0 and every modulation is a constant. SEDD reads it as log-ratio
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -31,6 +30,7 @@ from common.lm import layers
 from common.lm.layers import KeyValue, Params
 from reoac_jax.backbone.e2d2 import NEG_INF, subs_log_probs, take_positions
 from reoac_jax.backbone.noise import Schedule, make_schedule
+from reoac_jax.backbone.parameter_tree import declare
 from reoac_jax.types import BackboneOutput
 
 FREQUENCIES = 128  # of the noise level's embedding, which is twice as wide
@@ -143,7 +143,7 @@ def parameter_shapes(cfg: DiTConfig) -> dict[str, Any]:
     }
 
 
-def _initializer(path: str, shape: tuple[int, ...], stacked: bool) -> nn.initializers.Initializer:
+def _initializer(path: str, shape: tuple[int, ...]) -> nn.initializers.Initializer:
     """Zeros for adaLN, output layer and biases, uniform(+-1/sqrt(fan)) for tables and matrices.
 
     With adaLN at zero every block starts as the identity.
@@ -157,32 +157,13 @@ def _initializer(path: str, shape: tuple[int, ...], stacked: bool) -> nn.initial
     elif "attn_out" in path:
         fan_in = math.prod(shape[1:3])
     else:
-        fan_in = shape[1] if stacked else shape[0]
+        fan_in = shape[1] if path.startswith("blocks/") else shape[0]
     bound = fan_in**-0.5
 
     def uniform(key: jax.Array, size: Any, dtype: Any = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, size, dtype, -bound, bound)
 
     return uniform
-
-
-class _Tree(nn.Module):
-    """Declares the nested parameter tree of `spec`; see `e2d2.ParameterTree` for the reason."""
-
-    spec: Mapping[str, Any]
-    prefix: str
-
-    @nn.compact
-    def __call__(self) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
-        for name, entry in self.spec.items():
-            path = f"{self.prefix}/{name}"
-            if isinstance(entry, Mapping):
-                tree[name] = _Tree(entry, path, name=name)()
-            else:
-                init = _initializer(path, entry, path.startswith("blocks/"))
-                tree[name] = self.param(name, init, tuple(entry), jnp.float32)
-        return tree
 
 
 class DiT(nn.Module):
@@ -193,8 +174,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array, **kwargs: Any) -> BackboneOutput:
         """See `score`."""
-        spec = parameter_shapes(self.cfg)
-        params = {name: _Tree(entry, name, name=name)() for name, entry in spec.items()}
+        params = declare(parameter_shapes(self.cfg), _initializer)
         return score(params, self.cfg, tokens, **kwargs)
 
 

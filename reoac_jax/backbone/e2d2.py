@@ -17,6 +17,7 @@ Three ways to score a canvas (`score_mode`):
   left_to_right  blockwise, but only the left-most unfinished block of a row may be edited.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -28,9 +29,10 @@ from common.lm.layers import KeyValue, Params
 from reoac_jax.backbone.e2d2_parameters import (
     SCORE_MODES,
     E2D2Config,
-    ParameterTree,
+    initializer,
     parameter_shapes,
 )
+from reoac_jax.backbone.parameter_tree import declare
 from reoac_jax.types import BackboneOutput
 
 NEG_INF = -1e9  # finite, so that differences of two excluded scores are not NaN
@@ -45,9 +47,7 @@ class E2D2(nn.Module):
     def __call__(self, tokens: jax.Array, **kwargs: Any) -> BackboneOutput:
         """See `score`."""
         depth = self.cfg.num_encoder_layers + self.cfg.num_decoder_layers
-        params = {}
-        for name, entry in parameter_shapes(self.cfg).items():
-            params[name] = ParameterTree(entry, depth, name=name)()
+        params = declare(parameter_shapes(self.cfg), functools.partial(initializer, depth))
         return score(params, self.cfg, tokens, **kwargs)
 
 

@@ -1,7 +1,6 @@
 """The static description of an E2D2 network and the shapes and initial values of its parameters."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -111,12 +110,14 @@ def parameter_shapes(cfg: E2D2Config) -> dict[str, Any]:
     return spec
 
 
-def _initializer(name: str, parent: str, num_layers: int) -> nn.initializers.Initializer:
+def initializer(num_layers: int, path: str, shape: tuple[int, ...]) -> nn.initializers.Initializer:
     """Normal(0.02) for tables and projections, ones for norms.
 
     Projections that write to the residual stream are scaled by 1/sqrt(2 n), so that the stream's
     variance does not grow with depth.
     """
+    del shape
+    *_, parent, name = path.split("/")
     if name == "scale":
         return nn.initializers.ones
     if name == "bias":
@@ -124,25 +125,3 @@ def _initializer(name: str, parent: str, num_layers: int) -> nn.initializers.Ini
     if parent in ("o", "down"):
         return nn.initializers.normal(0.02 / (2 * num_layers) ** 0.5)
     return nn.initializers.normal(0.02)
-
-
-class ParameterTree(nn.Module):
-    """Declares the nested parameter tree of `spec` under its own name and returns it.
-
-    The maths lives in pure functions that take slices of this tree: tied stacks, shared keys and
-    values and decoding caches need a layer's weights outside of any module call.
-    """
-
-    spec: Mapping[str, Any]
-    num_layers: int
-
-    @nn.compact
-    def __call__(self) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
-        for name, entry in self.spec.items():
-            if isinstance(entry, Mapping):
-                tree[name] = ParameterTree(entry, self.num_layers, name=name)()
-            else:
-                init = _initializer(name, self.name or "", self.num_layers)
-                tree[name] = self.param(name, init, tuple(entry), jnp.float32)
-        return tree
