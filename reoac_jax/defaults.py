@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from common.answers.paper_parsers import parser_name
+from common.config_checks import require_at_least, require_choices, require_each, value_at
 from common.errors import UserError
 from common.flags import refuse_negative
+from common.problems_math import SUBJECTS
 from reoac_jax.records import TASKS
 from reoac_jax.types import OPERATORS
 
@@ -39,15 +41,7 @@ def get_default_config() -> ConfigDict:
     c.dataset.eval_path = "generated"
     c.dataset.data_root = ""  # "" = REOAC_DATA_ROOT, else the working directory
     c.dataset.toy_size = 64
-    c.dataset.math_subjects = (
-        "algebra",
-        "counting_and_probability",
-        "geometry",
-        "intermediate_algebra",
-        "number_theory",
-        "prealgebra",
-        "precalculus",
-    )
+    c.dataset.math_subjects = SUBJECTS
     c.dataset.dump_math_subjects = False
     c.dataset.math_subject_root = "dataset/raw/math"
     c.dataset.raw_train_path = ""
@@ -242,11 +236,6 @@ def get_default_config() -> ConfigDict:
     return c
 
 
-def _one_of(value: str, allowed: tuple[str, ...], key: str) -> None:
-    if value not in allowed:
-        raise UserError(f"config key {key}={value!r} is none of {', '.join(allowed)}")
-
-
 def finalize(config: ConfigDict) -> list[str]:
     """Validate a parsed config.
 
@@ -257,32 +246,31 @@ def finalize(config: ConfigDict) -> list[str]:
       UserError: a value is out of range; the line names the key.
     """
     c = config
-    _one_of(c.algo, ALGORITHMS, "algo")
-    _one_of(c.rollout.selection_mode, SELECTION_MODES, "rollout.selection_mode")
-    _one_of(c.rollout.fallback_operator, OPERATORS, "rollout.fallback_operator")
-    _one_of(c.finetune_mode, ("full", "lora", "none"), "finetune_mode")
-    _one_of(c.backbone.name, ("e2d2", "mdlm", "sedd", "simple"), "backbone.name")
-    _one_of(c.backbone.sample_strategy, ("argmax", "sample"), "backbone.sample_strategy")
-    _one_of(
-        c.backbone.score_mode,
-        ("", *SCORE_MODES),
-        "backbone.score_mode",
-    )
-    _one_of(c.backbone.dtype, ("float32", "bfloat16"), "backbone.dtype")
-    _one_of(c.relation.strings, ("raw", "stripped"), "relation.strings")
-    _one_of(c.relation.numbers, ("token", "span"), "relation.numbers")
-    _one_of(c.relation.canvas, ("written", "tentative"), "relation.canvas")
-    _one_of(c.reward.mode, ("strict", "shaped"), "reward.mode")
-    _one_of(c.reward.verifier, ("robust", "paper"), "reward.verifier")
-    _one_of(c.eval.verifier, ("robust", "paper"), "eval.verifier")
-    _one_of(c.losses.advantage_scale, ("batch", "group"), "losses.advantage_scale")
-    _one_of(c.parallel.mode, ("jit", "pmap"), "parallel.mode")
-    _one_of(c.rollout.branch_horizon, ("end", "depth"), "rollout.branch_horizon")
-    _one_of(c.dataset.task, TASKS, "dataset.task")
+    choices: dict[str, tuple[str, ...]] = {
+        "algo": ALGORITHMS,
+        "rollout.selection_mode": SELECTION_MODES,
+        "rollout.fallback_operator": OPERATORS,
+        "finetune_mode": ("full", "lora", "none"),
+        "backbone.name": ("e2d2", "mdlm", "sedd", "simple"),
+        "backbone.sample_strategy": ("argmax", "sample"),
+        "backbone.score_mode": ("", *SCORE_MODES),
+        "backbone.dtype": ("float32", "bfloat16"),
+        "relation.strings": ("raw", "stripped"),
+        "relation.numbers": ("token", "span"),
+        "relation.canvas": ("written", "tentative"),
+        "reward.mode": ("strict", "shaped"),
+        "reward.verifier": ("robust", "paper"),
+        "eval.verifier": ("robust", "paper"),
+        "losses.advantage_scale": ("batch", "group"),
+        "parallel.mode": ("jit", "pmap"),
+        "rollout.branch_horizon": ("end", "depth"),
+        "dataset.task": TASKS,
+    }
+    require_choices(c, choices)
     parser_name(c.eval.math_parser)
     if c.parallel.fsdp and c.parallel.mode != "jit":
         raise UserError("config key parallel.fsdp=True needs parallel.mode=jit")
-    for key in (
+    positive = (
         "rollout.max_steps",
         "rollout.gen_len",
         "rollout.batch_size",
@@ -304,10 +292,9 @@ def finalize(config: ConfigDict) -> list[str]:
         "reward.workers",
         "lora.r",
         *(f"operators.{name}.k" for name in OPERATORS),
-    ):
-        if _at(c, key) < 1:
-            raise UserError(f"config key {key}={_at(c, key)} must be at least 1")
-    for key in (
+    )
+    require_at_least(c, positive, 1)
+    not_negative = (
         "rollout.cost_lambda",
         "optim.actor_lr",
         "optim.critic_lr",
@@ -325,28 +312,25 @@ def finalize(config: ConfigDict) -> list[str]:
         "losses.critic_weight",
         "losses.actor_weight",
         "losses.backbone_weight",
-    ):
-        if _at(c, key) < 0:
-            raise UserError(f"config key {key}={_at(c, key)} must not be negative")
-    for key in (
+    )
+    require_at_least(c, not_negative, 0)
+    above_zero = (
         "relation.temperature",
         "backbone.temperature",
         "losses.actor_temperature",
         "reward.time_limit",
         "lora.alpha",
-    ):
-        if not _at(c, key) > 0:
-            raise UserError(f"config key {key}={_at(c, key)} must be positive")
-    for key in (
+    )
+    require_each(c, above_zero, lambda value: value > 0, "must be positive")
+    shares = (
         "actor.dropout",
         "critic.dropout",
         "rollout.remask_ratio",
         "losses.gamma",
         "losses.gae_lambda",
         "updates.target_decay",
-    ):
-        if not 0.0 <= _at(c, key) <= 1.0:
-            raise UserError(f"config key {key}={_at(c, key)} must lie between 0 and 1")
+    )
+    require_each(c, shares, lambda value: 0.0 <= value <= 1.0, "must lie between 0 and 1")
     if c.algo == "plus" and c.episodes_per_iter % c.rollout.group_size:
         raise UserError(
             f"config key episodes_per_iter={c.episodes_per_iter} must be a multiple of "
@@ -372,18 +356,13 @@ def finalize(config: ConfigDict) -> list[str]:
     if c.finetune_mode == "lora" and c.parallel.fsdp:
         raise UserError("config key parallel.fsdp=True: adapters are small, use finetune_mode=full")
     for key in ("backbone.renoise", "rollout.fast_critic", "rollout.fast_operator"):
-        if c.algo == "plus" and _at(c, key):
+        if c.algo == "plus" and value_at(c, key):
             raise UserError(f"config key {key}=True is the original's rule: set algo=paper")
     if c.algo == "paper":
-        _one_of(c.rollout.selection_mode, SELECTION_MODES[:2], "rollout.selection_mode")
-        _one_of(c.relation.canvas, ("written",), "relation.canvas")
-    for key in ("dataset.min_ops", "dataset.max_ops", "dataset.max_value", "backbone.num_steps"):
-        if _at(c, key) < 1:
-            raise UserError(f"config key {key}={_at(c, key)} must be at least 1")
-    if c.logging.sample_interval < 1:
-        raise UserError(
-            f"config key logging.sample_interval={c.logging.sample_interval} must be at least 1"
-        )
+        original = {"rollout.selection_mode": SELECTION_MODES[:2], "relation.canvas": ("written",)}
+        require_choices(c, original)
+    last = ("dataset.min_ops", "dataset.max_ops", "dataset.max_value", "backbone.num_steps")
+    require_at_least(c, (*last, "logging.sample_interval"), 1)
     refuse_negative(c, allowed=("seed", "dataset.problem_seed"))
     warnings = []
     worst = c.rollout.cost_lambda * c.rollout.max_steps  # cheapest operator costs 1 per step
@@ -394,10 +373,3 @@ def finalize(config: ConfigDict) -> list[str]:
             "backbone loss is 0"
         )
     return warnings
-
-
-def _at(config: ConfigDict, dotted: str) -> float:
-    value = config
-    for name in dotted.split("."):
-        value = value[name]
-    return value
