@@ -228,3 +228,10 @@ def file_for_directory(path: Path) -> None:
     """A file of the directory's name."""
     shutil.rmtree(path)
     path.write_text("not a directory\n", encoding="utf-8")
+
+
+DIRECTORY: Mapping[str, Callable[[Path], None]] = {
+    "missing": shutil.rmtree,
+    "empty directory": empty_directory,
+    "file for directory": file_for_directory,
+}

@@ -100,6 +100,8 @@ PLACES = (
           "train|data_root"),
     Place("data/gsm8k/test.jsonl", _fresh("eval", *_GSM8K, "--config.eval.methods=('greedy',)",
           "--config.eval.artifact_run_dir=TREE/runs/esm_tiny/one"), ROWS, "test|data_root"),
+    Place("data", _fresh("mine.rollouts", *_GSM8K), damage.DIRECTORY, "data"),
+    Place("model", _ESM_MODEL, damage.DIRECTORY, "model"),
     Place("model/config.json", _ESM_MODEL, fields("model_type hidden_size")),
     Place("model/tokenizer.json", _ESM_MODEL, fields("model"), "tokenizer"),
     Place("model/tokenizer_config.json", _ESM_MODEL, without(damage.TEXT, "missing"), "tokenizer"),

@@ -54,6 +54,7 @@ def evaluate(tree: Path) -> list[str]:
 _GROUPS = {k: v for k, v in damage.ARRAY.items() if k not in ("missing", "flat")}
 PLACES = (
     CONFIG_PLACE,
+    Place("maze", _maze, damage.DIRECTORY, "maze", good=2),
     *(
         Place(f"maze/{split}/dataset.json", _maze, fields("seq_len vocab_size"), good=2)
         for split in ("train", "val")

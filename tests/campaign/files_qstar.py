@@ -73,6 +73,7 @@ PLACES = (
     CONFIG_PLACE,
     Place("data/rows.jsonl", _qstar_data("rows.jsonl"), ROWS),
     Place("data/rows.json", _qstar_data("rows.json"), LIST),
+    Place("model", _qstar_model, damage.DIRECTORY, "model"),
     Place("model/config.json", _qstar_model, fields("model_type hidden_size vocab_size")),
     Place("model/tokenizer.json", _qstar_model, fields("model"), "tokenizer"),
     Place(

@@ -92,6 +92,7 @@ PLACES = (
         )
         for name in ("train", "test")
     ),
+    Place("model", _MODEL, damage.DIRECTORY, "model", good=2),
     Place("model/config.json", _MODEL, fields("model_type"), "config.json|model", good=2),
     Place("model/base_config.json", _MODEL, without(fields(""), "missing"), good=2),
     Place("model/model.safetensors", _MODEL, damage.WEIGHTS, "model", good=2),
