@@ -42,10 +42,17 @@ def main() -> int:
     if unknown := [fault for fault in wanted if fault not in FAULTS]:
         parser.error(f"no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
     campaign = Campaign(chosen, given.seed, given.keep, wanted)
-    campaign.run(given.minutes * 60)
-    print(campaign.table())
-    if given.json:
-        atomic_write_json(given.json, campaign.report())
+
+    def save() -> None:
+        if given.json:
+            atomic_write_json(given.json, campaign.report())
+
+    try:
+        campaign.run(given.minutes * 60, after=save)
+    finally:
+        # An interrupted campaign says what it saw.
+        print(campaign.table())
+        save()
     return 0 if campaign.lost == 0 else 1
 
 

@@ -26,7 +26,9 @@ def progress(main: Main, workdir: Path) -> int:
             with contextlib.suppress(OSError):
                 count += path.read_bytes().count(b"\n")
     for pattern in main.checkpoints:
-        count += sum(1 for _ in workdir.glob(pattern))
+        # Steps are renamed and pruned while they are counted.
+        with contextlib.suppress(OSError):
+            count += sum(1 for _ in workdir.glob(pattern))
     return count
 
 

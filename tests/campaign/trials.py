@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,16 @@ class Campaign:
         """Trials that did not end as an undisturbed run does."""
         return sum(counter["lost"] for counter in self.counts.values())
 
-    def run(self, seconds: float) -> None:
-        """Trials until the time is over; each main and each fault comes in turn."""
+    def run(self, seconds: float, after: Callable[[], None] = lambda: None) -> None:
+        """Trials until the time is over; each main and each fault comes in turn.
+
+        Args:
+            seconds: a trial that has begun is finished.
+            after: called after every trial.
+        """
         end = time.monotonic() + seconds
         number = 0
-        with self._closing:
+        with self._closing, self._nothing_left():
             while time.monotonic() < end or number == 0:
                 rng = random.Random(f"{self.seed}-{number}")
                 names = list(self.mains)
@@ -76,6 +81,15 @@ class Campaign:
                 word = f"{time.monotonic() - begun:.0f} s"
                 print(f"trial {number}: {name}, {fault} ({word})", file=sys.stderr, flush=True)
                 number += 1
+                after()
+
+    @contextlib.contextmanager
+    def _nothing_left(self) -> Iterator[None]:
+        """Whatever ends the campaign, no process of it goes on."""
+        try:
+            yield
+        finally:
+            faults.wait_for_no_leftovers(self._marker, limit_s=0)
 
     def _fault_of(self, number: int, num_mains: int) -> str:
         """Another fault for each main in every round, so that all pairs come in turn."""
