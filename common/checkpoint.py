@@ -9,10 +9,10 @@ one adds the summary and verifies. All of them make the same calls. A step can b
 number of processes and devices.
 """
 
+import contextlib
 import json
 import sys
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
 
+from common.checkpoint_files import (
+    FORMAT,
+    SUMMARY,
+    Damaged,
+    check_document,
+    checksum,
+    files_of,
+    verify_together,
+)
 from common.errors import UserError, require
-from common.json_files import NotJson, check_fields, check_version, parse_json
 from common.processes import is_main, on_main
 from common.rundir import atomic_write_json
 
-SUMMARY = "summary.json"
-FORMAT = 1
-"""Of a step: what its items and `summary.json` hold. A step without the number is of the first."""
-
-_VERSION = ("format", FORMAT)
-_NEWER_CURE = "start in another --workdir"
 _SHOWN_DIFFERENCES = 8
 
 
@@ -78,31 +80,26 @@ class Checkpointer:
         self._settings = json.loads(json.dumps(dict(settings or {})))
         self._read_only = read_only
         self._last_saved: int | None = None
-        # Orbax warns that a directory opened for reading is read-only.
-        verbosity = absl_logging.get_verbosity()
-        if read_only:
-            absl_logging.set_verbosity(absl_logging.ERROR)
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            # What it would set itself, with a warning.
+            save_interval_steps=0 if read_only else 1,
+            # What a killed save left behind; a reader must not touch a save in progress.
+            cleanup_tmp_directories=not read_only,
+            # The state is donated to the next update right after the save.
+            enable_async_checkpointing=False,
+        )
         try:
-            self._manager = ocp.CheckpointManager(
-                self.directory,
-                item_names=("state", "host"),
-                options=ocp.CheckpointManagerOptions(
-                    create=not read_only,
-                    read_only=read_only,
-                    # What it would set itself, with a warning.
-                    save_interval_steps=0 if read_only else 1,
-                    # What a killed save left behind; a reader must not touch a save in progress.
-                    cleanup_tmp_directories=not read_only,
-                    # The state is donated to the next update right after the save.
-                    enable_async_checkpointing=False,
-                ),
-            )
+            with _quiet():
+                self._manager = ocp.CheckpointManager(
+                    self.directory, item_names=("state", "host"), options=options
+                )
         except OSError as error:
             raise UserError(
-                f"cannot open the checkpoint directory {directory} ({error.strerror})"
+                f"cannot open the checkpoint directory {directory} ({error.strerror}); mend it, or "
+                "choose another --workdir"
             ) from error
-        finally:
-            absl_logging.set_verbosity(verbosity)
 
     def save(
         self, step: int, state: Any, host: Mapping[str, Any], metric: float | None = None
@@ -130,21 +127,16 @@ class Checkpointer:
             "settings": self._settings,
             "leaves": _describe(state),
         }
-        # What goes wrong is raised; Orbax would print it with a traceback as well.
-        verbosity = absl_logging.get_verbosity()
-        absl_logging.set_verbosity(absl_logging.FATAL)
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(jax.tree.map(_storable, state)),
+            host=ocp.args.JsonSave(document),
+        )
         try:
-            if step in self.all_steps():
-                self._manager.delete(step)
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(jax.tree.map(_storable, state)),
-                    host=ocp.args.JsonSave(document),
-                ),
-                force=True,
-            )
-            self._manager.wait_until_finished()
+            with _quiet():
+                if step in self.all_steps():
+                    self._manager.delete(step)
+                self._manager.save(step, args=items, force=True)
+                self._manager.wait_until_finished()
             on_main(lambda: self._summarise(step, metric))
         except OSError as error:
             raise self._unwritable(step, error.strerror or str(error)) from error
@@ -153,8 +145,6 @@ class Checkpointer:
             if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
                 raise
             raise self._unwritable(step, "No space left on device") from error
-        finally:
-            absl_logging.set_verbosity(verbosity)
         self._last_saved = step
         self._prune()
 
@@ -166,7 +156,7 @@ class Checkpointer:
 
     def _summarise(self, step: int, metric: float | None) -> None:
         directory = self.directory / str(step)
-        checksums = {name: _checksum(directory / name) for name in _files(directory)}
+        checksums = {name: checksum(directory / name) for name in files_of(directory)}
         atomic_write_json(
             directory / SUMMARY, {"format": FORMAT, "metric": metric, "files": checksums}
         )
@@ -202,7 +192,7 @@ class Checkpointer:
         for number in reversed(steps):
             try:
                 return self._restore_step(number, target_state, partial)
-            except _Damaged as error:
+            except Damaged as error:
                 if step is not None:
                     raise UserError(
                         f"checkpoint {number} in {self.directory} is damaged ({error}); name "
@@ -256,14 +246,14 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         directory = self.directory / str(step)
-        verified = _verify_together(directory)
+        verified = verify_together(directory)
         document = _attempt(
             lambda: self._manager.restore(
                 step, args=ocp.args.Composite(host=ocp.args.JsonRestore())
             )["host"],
             verified,
         )
-        _check_document(directory, document)
+        check_document(directory, document)
         self._compare_settings(step, document["settings"], partial)
         _compare_leaves(directory, document["leaves"], _describe(target_state), partial)
         target = jax.tree.map(lambda leaf: _abstract(_storable(leaf)), target_state)
@@ -310,87 +300,26 @@ class Checkpointer:
                 self._manager.delete(step)
 
 
-class _Damaged(Exception):
-    """The files of a step are not what was written."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's own log to itself: what goes wrong is raised, not printed with a traceback."""
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
 
 
 def _attempt(read: Callable[[], Any], verified: bool) -> Any:
     try:
-        return read()
+        with _quiet():
+            return read()
     except Exception as error:
         # With good checksums the files are not to blame: let the real error be seen.
         if verified:
             raise
-        raise _Damaged(str(error).splitlines()[0][:200] if str(error) else repr(error)) from error
-
-
-def _files(directory: Path) -> list[str]:
-    paths = (path for path in directory.rglob("*") if path.is_file())
-    return sorted(str(path.relative_to(directory)) for path in paths if path.name != SUMMARY)
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _verify(directory: Path) -> bool:
-    """Checks the files of a step; False when it was killed before its checksums were written."""
-    path = directory / SUMMARY
-    try:
-        content = parse_json(path.read_bytes())
-    except FileNotFoundError:
-        return False
-    except (OSError, NotJson) as error:
-        raise _Damaged(f"{SUMMARY} is not valid") from error
-    if not isinstance(content, dict):
-        raise _Damaged(f"{SUMMARY} is not valid")
-    check_version(content, path, _VERSION, _NEWER_CURE)
-    if problem := check_fields(content, {"files": dict}):
-        raise _Damaged(f"{SUMMARY} {problem}")
-    for name, checksum in content["files"].items():
-        try:
-            actual = _checksum(directory / name)
-        except OSError as error:
-            raise _Damaged(f"{name}: {error.strerror}") from error
-        if actual != checksum:
-            raise _Damaged(f"{name} has changed since it was written")
-    return True
-
-
-def _check_document(directory: Path, document: Any) -> None:
-    """Checks the form of the JSON item of a step.
-
-    Raises:
-        UserError: a later version wrote it.
-        _Damaged: it is none of ours.
-    """
-    if not isinstance(document, dict):
-        raise _Damaged("its JSON item is no object")
-    check_version(document, directory, _VERSION, _NEWER_CURE)
-    if problem := check_fields(document, {"host": dict, "settings": dict, "leaves": dict}):
-        raise _Damaged(f"its JSON item {problem}")
-    for name, leaf in document["leaves"].items():
-        if not (isinstance(leaf, list) and len(leaf) == 2 and isinstance(leaf[0], list)):
-            raise _Damaged(f"its JSON item says nothing about {name}")
-
-
-def _verify_together(directory: Path) -> bool:
-    """`_verify` by the main process, its verdict for all: the files are read once."""
-
-    def verdict() -> list[Any]:
-        try:
-            return [_verify(directory), ""]
-        except _Damaged as error:
-            return [False, str(error)]
-
-    verified, damage = on_main(verdict)
-    if damage:
-        raise _Damaged(damage)
-    return bool(verified)
+        raise Damaged(str(error).splitlines()[0][:200] if str(error) else repr(error)) from error
 
 
 def _describe(tree: Any) -> dict[str, list[Any]]:
