@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import io
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from common.errors import UserError
+from common.json_files import read_json_object
 from common.rundir import RunDir, atomic_write, atomic_write_json, read_jsonl
 from reoac_jax.types import OPERATORS
 from reoac_jax.viz_episode import episode_page
@@ -391,13 +391,7 @@ def _losses(writer: _Writer, curves: Mapping[str, list[float]]) -> None:
 
 
 def _read_sample(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable sample ({error}); remove it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a sample must be a JSON object; remove it")
-    return content
+    return read_json_object(path, "remove it, or name another sample")
 
 
 def _finite(values: Any) -> bool:

@@ -53,6 +53,8 @@ def _viz(tree: Path) -> list[str]:
     return ["--mode=viz", f"--run_dir={tree}/run", sample, f"--output={tree}/pictures"]
 
 
+# The log of two rows: what is wrong with the second counts as torn.
+_LAST_ROW = {**MADE_GOOD, "half character": (0,)}
 _MODEL = _reoac_train(
     "--config.backbone.name=e2d2", "--config.backbone.model_name_or_path=TREE/model", late=True
 )
@@ -102,10 +104,10 @@ PLACES = (
         "run/metrics.jsonl",
         lambda tree: [*REOAC, "--config.num_iterations=2", f"--workdir={tree}/run"],
         ROWS,
-        accepted=MADE_GOOD,
+        accepted=_LAST_ROW,
     ),
     Place("run/samples/iter0_step0.json", _viz, fields("")),
-    Place("run/metrics.jsonl", _viz, ROWS, accepted=MADE_GOOD),
+    Place("run/metrics.jsonl", _viz, ROWS, accepted=_LAST_ROW),
 )  # fmt: skip
 
 SCENE = Scene("reoac", "reoac_jax.main", make, PLACES)

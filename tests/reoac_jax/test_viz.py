@@ -178,8 +178,8 @@ def test_errors(run: RunDir, tmp_path: Path) -> None:
         run_viz(run.path, "iter0_step0.json")
     broken = run.samples / "iter0_step1.json"
     for content, message in [
-        ("{", "not a readable sample"),
-        ("[]", "JSON object"),
+        ("{", "is damaged: not valid JSON"),
+        ("[]", "a list, not an object"),
         (json.dumps({**_sample(1), "relation": [[1.0], [1.0, 2.0]]}), "rectangle"),
         (json.dumps({**_sample(1), "feature_vector": [1.0]}), "feature_vector"),
     ]:
