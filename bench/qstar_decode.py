@@ -23,7 +23,7 @@ from common.lm.decoder import build_params, param_shapes, params_by_path
 from common.lm.weights import hf_rules
 from common.torch_bridge import export_state, unflatten
 from qstar.backend import Request
-from qstar.engine import JaxBackend, Plan, Prompts, State, _prefill, decode_token, next_logits
+from qstar.engine import JaxBackend, Plan, Prompts, State, decode_token, next_logits, programs
 from qstar.law import LawSettings
 from qstar.networks import DecoderNetwork
 from qstar.slots import Columns, Decoding, empty_slots
@@ -106,9 +106,8 @@ def decode_rows(cfg: DecoderConfig, slots: int, repeats: int, clock: Clock) -> l
         order.astype(np.uint32),
         np.zeros(slots, np.uint32),
     )
-    state = _prefill(
-        params, State(empty_slots(slots, TOKENS), empty), prompts, np.uint32(0), plan=plan
-    )
+    state = State(empty_slots(slots, TOKENS), empty)
+    state = programs(plan).prefill(params, state, prompts, np.uint32(0))
 
     def bare(params: Any, state: State) -> State:
         def body(_: int, now: State) -> State:

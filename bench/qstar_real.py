@@ -11,7 +11,6 @@ after each.
 """
 
 import argparse
-import gc
 import os
 import statistics
 from pathlib import Path
@@ -191,7 +190,6 @@ def run(sets: list[str], data: Path | None, work: Path, count: int, target: str)
             output = work / name / f"{file_name(method)}.jsonl"
             log.info("%s, %s", name, method)
             run_generation(config_of(rows, output, alpha, count))
-            gc.collect()  # the engine of this run, before the next one loads its weights
             require_all(output, count)
             results[f"{name}/{method}"] = summarize(output)
             if target:

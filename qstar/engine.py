@@ -9,7 +9,8 @@ single place where logits are made and alpha is solved.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from qstar.networks import Network
 from qstar.slots import Columns, Decoding, Slots, advance, empty_slots, fill_slots, read_slots
 
 BURST = 32  # tokens per device call
+KEPT_PLANS = 1  # whose programs wait for the next engine although nobody holds them
 PREFILL_ROWS = 4
 PREFILL_TOKENS = 2048  # prompt tokens per call, above one row
 MIN_CAPACITY_STEP = 64
@@ -129,7 +131,6 @@ def decode_token(plan: Plan, params: Sequence[Any], columns: Columns, state: Sta
     return State(advance(state.slots, x, y, plan.decoding, columns), caches)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def _burst(
     params: tuple[Any, ...],
     state: State,
@@ -155,47 +156,42 @@ def _burst(
     return state, Summary(state.slots.count, state.slots.active, steps)
 
 
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
-def _prefill(
-    params: tuple[Any, ...], state: State, prompts: Prompts, seed: Array, *, plan: Plan
+def _read(params: tuple[Any, ...], token_ids: tuple[Array, ...], *, plan: Plan) -> tuple[Any, ...]:
+    """Reads prompts: what each cache is to keep of them.
+
+    Apart from `_store`, since it is most of what there is to compile and asks for no size of a
+    cache: one program serves all of them.
+    """
+    if plan.shared:
+        return (plan.networks[0].read(params[0], jnp.concatenate(token_ids)),)
+    return tuple(
+        network.read(own, jnp.asarray(ids))
+        for network, own, ids in zip(plan.networks, params, token_ids, strict=True)
+    )
+
+
+def _store(
+    state: State, kept: tuple[Any, ...], prompts: Prompts, seed: Array, *, plan: Plan
 ) -> State:
-    """Reads prompts into free slots."""
+    """Puts prompts that were read into free slots."""
     size = state.slots.count.shape[0]
     slots = jnp.where(prompts.slots < 0, plan.rows_per_slot * size, prompts.slots)
+    lengths = tuple(map(jnp.asarray, prompts.lengths))
     if plan.shared:
-        ids = jnp.concatenate(prompts.token_ids)
-        lengths = jnp.concatenate(prompts.lengths)
         # Rows without a slot stay out of range in both halves.
-        rows = jnp.concatenate([slots, slots + size])
-        caches = (plan.networks[0].fill(params[0], state.caches[0], ids, lengths, rows),)
-    else:
-        caches = tuple(
-            network.fill(own, cache, ids, lengths, slots)
-            for network, own, cache, ids, lengths in zip(
-                plan.networks,
-                params,
-                state.caches,
-                map(jnp.asarray, prompts.token_ids),
-                map(jnp.asarray, prompts.lengths),
-                strict=True,
-            )
+        lengths, slots = (jnp.concatenate(lengths),), jnp.concatenate([slots, slots + size])
+    caches = tuple(
+        network.store(cache, own, count, slots)
+        for network, cache, own, count in zip(
+            plan.networks, state.caches, kept, lengths, strict=True
         )
+    )
     filled = fill_slots(
         state.slots, prompts.slots, prompts.sample_idx, prompts.repeat, *prompts.last, seed
     )
     return State(filled, caches)
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "capacity"))
-def _resize(caches: tuple[Any, ...], *, plan: Plan, capacity: int) -> tuple[Any, ...]:
-    """Caches with another capacity."""
-    return tuple(
-        network.resize(cache, capacity)
-        for network, cache in zip(plan.networks, caches, strict=True)
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("plan",), donate_argnames=("state",))
 def _abandon(state: State, stopped: jax.Array, cleared: jax.Array, *, plan: Plan) -> State:
     """Ends the slots marked in `stopped` [S] and wipes the caches of those in `cleared` [S]."""
     rows = jnp.tile(cleared, plan.rows_per_slot)
@@ -207,6 +203,57 @@ def _abandon(state: State, stopped: jax.Array, cleared: jax.Array, *, plan: Plan
     return State(slots, caches)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
+    """Compiled functions of one plan; they are freed with the last engine or model that holds them.
+
+    States are donated.
+
+    Attributes:
+        burst: (params, state, columns, length, leave_at) -> (state, `Summary`).
+        read: (params, token_ids) -> what the caches keep.
+        store: (state, what was read, prompts, seed) -> state.
+        abandon: (state, stopped, cleared) -> state.
+    """
+
+    burst: Any
+    read: Any
+    store: Any
+    abandon: Any
+
+    def prefill(
+        self, params: tuple[Any, ...], state: State, prompts: Prompts, seed: Array
+    ) -> State:
+        """Reads prompts into free slots."""
+        return self.store(state, self.read(params, prompts.token_ids), prompts, seed)
+
+
+_in_use: weakref.WeakValueDictionary[Plan, Programs] = weakref.WeakValueDictionary()
+
+
+@functools.lru_cache(maxsize=KEPT_PLANS)
+def programs(plan: Plan) -> Programs:
+    """The programs of a plan: those that are held anywhere, or else new ones.
+
+    One jit with the plan as a static argument would keep the programs of every plan for as long as
+    the process lives, 0.1 GiB each for 30 layers.
+    """
+    found = _in_use.get(plan)
+    if found is None:
+
+        def compiled(function: Callable[..., Any], donated: tuple[str, ...] = ("state",)) -> Any:
+            return jax.jit(functools.partial(function, plan=plan), donate_argnames=donated)
+
+        found = Programs(
+            burst=compiled(_burst),
+            read=compiled(_read, ()),
+            store=compiled(_store),
+            abandon=compiled(_abandon),
+        )
+        _in_use[plan] = found
+    return found
+
+
 # ---------------------------------------------------------------------------------------- the host
 class JaxBackend:
     """Slots on the device, driven from the host; a `qstar.backend.Backend`.
@@ -214,6 +261,7 @@ class JaxBackend:
     Attributes:
         slots: S.
         plan: what is compiled.
+        programs: of the plan.
         capacity: M, tokens each slot has room for at present.
     """
 
@@ -243,7 +291,7 @@ class JaxBackend:
             burst: tokens per device call.
             prefill_rows: most prompts read in one call.
         """
-        self.plan, self.slots = plan, slots
+        self.plan, self.slots, self.programs = plan, slots, programs(plan)
         self._params, self._columns = tuple(params), columns
         self._seed = np.uint32(seed)
         self._burst, self._rows = burst, min(prefill_rows, slots)
@@ -301,14 +349,17 @@ class JaxBackend:
             _padded([r.sample_idx for r in requests], rows, np.uint32),
             _padded([r.repeat for r in requests], rows, np.uint32),
         )
-        self._state = _prefill(self._params, self._state, prompts, self._seed, plan=self.plan)
+        self._state = self.programs.prefill(self._params, self._state, prompts, self._seed)
 
     def _reserve(self, tokens: int) -> None:
         """Makes room for so many tokens in every slot."""
         if tokens <= self.capacity:
             return
         self.capacity = min(-(-tokens // self._step) * self._step, self.longest)
-        caches = _resize(self._state.caches, plan=self.plan, capacity=self.capacity)
+        caches = tuple(
+            network.resize(cache, self.capacity)
+            for network, cache in zip(self.plan.networks, self._state.caches, strict=True)
+        )
         self._state = State(self._state.slots, caches)
 
     def step(self, leave_at: int = 0) -> None:
@@ -317,13 +368,12 @@ class JaxBackend:
             ahead = (self._prompt + self._count)[self._active].max() + self._burst
             self._reserve(int(min(ahead, self.longest)))
         begin = time.perf_counter()
-        self._state, summary = _burst(
+        self._state, summary = self.programs.burst(
             self._params,
             self._state,
             self._columns,
             np.int32(self._burst),
             np.int32(leave_at or self.slots + 1),
-            plan=self.plan,
         )
         self._pending = summary, begin
 
@@ -358,7 +408,7 @@ class JaxBackend:
         # What a failed row left in its caches may be NaN, which masking does not remove.
         cleared = mask & self._failed
         if (mask & self._active).any() or cleared.any():
-            self._state = _abandon(self._state, mask, cleared, plan=self.plan)
+            self._state = self.programs.abandon(self._state, mask, cleared)
         self._active &= ~mask
         self._occupied &= ~mask
         self._failed &= ~mask

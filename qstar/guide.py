@@ -62,7 +62,7 @@ def _begin(
     slots, cache = state
     token_ids, lengths, places = text
     if network is not None:
-        cache = network.fill(params, cache, token_ids, lengths, places)
+        cache = network.store(cache, network.read(params, token_ids), lengths, places)
     filled = fill_slots(slots, places, *sample, *last, seed)
     return dataclasses.replace(filled, count=filled.count.at[places].set(count)), cache
 

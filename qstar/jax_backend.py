@@ -39,7 +39,7 @@ def open_jax(
     system: System,
     slots: int | None,
     prompt_tokens: int,
-    models: dict[Any, Model] | None = None,
+    models: dict[Any, Any] | None = None,
 ) -> JaxBackend:
     """Loads the models, one parameter set where both are the same, and makes the engine.
 
@@ -47,7 +47,7 @@ def open_jax(
         system: the pair.
         slots: S; None = as many as memory holds, at most `MAX_SLOTS`.
         prompt_tokens: longest prompt that will come.
-        models: weights that are loaded already, see `load`.
+        models: weights that are loaded already, see `load`; gets the compiled programs as well.
 
     Raises:
         UserError: a model cannot be loaded, or not even one slot fits.
@@ -62,7 +62,7 @@ def open_jax(
     if slots is None:
         longest = prompt_tokens + system.decoding.max_new_tokens - 1
         slots = fitting_slots(plan, longest)
-    return JaxBackend(
+    backend = JaxBackend(
         plan,
         [model.params for model in used],
         system.columns(),
@@ -73,6 +73,8 @@ def open_jax(
         run.burst,
         run.prefill_rows,
     )
+    cache[plan] = backend.programs
+    return backend
 
 
 def slot_bytes(plan: Plan, longest: int) -> int:

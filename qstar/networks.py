@@ -5,6 +5,7 @@ caches are arguments.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -16,12 +17,12 @@ from common.lm.cache import (
     bytes_per_token,
     clear_slots,
     empty_cache,
-    resize,
+    refit,
     write_prompts,
 )
 from common.lm.config import DecoderConfig
 from common.lm.decoder import decode_step, forward
-from common.lm.layers import Params
+from common.lm.layers import KeyValue, Params
 
 
 class Network(Protocol):
@@ -46,12 +47,14 @@ class Network(Protocol):
         """A cache of S slots with room for M tokens each."""
         ...
 
-    def fill(
-        self, params: Any, cache: Any, token_ids: jax.Array, lengths: jax.Array, slots: jax.Array
-    ) -> Any:
-        """The cache with tokens [R, P] (`lengths` [R] of them real, 0..P) at the start of slots.
+    def read(self, params: Any, token_ids: jax.Array) -> Any:
+        """What a cache keeps of tokens [R, P], each row read from its beginning."""
+        ...
 
-        A slot outside 0..S-1 drops its row.
+    def store(self, cache: Any, kept: Any, lengths: jax.Array, slots: jax.Array) -> Any:
+        """The cache with what `read` gave at the start of slots [R].
+
+        `lengths` [R] of the tokens are real, 0..P. A slot outside 0..S-1 drops its row.
         """
         ...
 
@@ -62,7 +65,7 @@ class Network(Protocol):
         ...
 
     def resize(self, cache: Any, capacity: int) -> Any:
-        """The cache with room for another number of tokens."""
+        """The cache with room for another number of tokens; the old one is given up."""
         ...
 
     def clear(self, cache: Any, cleared: jax.Array) -> Any:
@@ -99,18 +102,16 @@ class DecoderNetwork:
         """See `Network`."""
         return empty_cache(self.cfg, slots, capacity)
 
-    def fill(
-        self,
-        params: Params,
-        cache: Cache,
-        token_ids: jax.Array,
-        lengths: jax.Array,
-        slots: jax.Array,
+    def read(self, params: Params, token_ids: jax.Array) -> tuple[KeyValue, ...]:
+        """See `Network`; keys and values [R, P, H_kv, K] per layer, no logits."""
+        return tuple(forward(params, self.cfg, token_ids).key_values)
+
+    def store(
+        self, cache: Cache, kept: Sequence[KeyValue], lengths: jax.Array, slots: jax.Array
     ) -> Cache:
-        """See `Network`; no logits are made."""
+        """See `Network`."""
         slots = jnp.where(slots < 0, cache.slots, slots)
-        read = forward(params, self.cfg, token_ids)
-        stored = [write_prompts(cache, i, own, slots) for i, own in enumerate(read.key_values)]
+        stored = [write_prompts(cache, i, own, slots) for i, own in enumerate(kept)]
         return Cache(
             keys=tuple(key for key, _ in stored),
             values=tuple(value for _, value in stored),
@@ -125,7 +126,7 @@ class DecoderNetwork:
 
     def resize(self, cache: Cache, capacity: int) -> Cache:
         """See `Network`."""
-        return resize(cache, capacity)
+        return refit(cache, capacity)
 
     def clear(self, cache: Cache, cleared: jax.Array) -> Cache:
         """See `Network`."""
@@ -163,16 +164,16 @@ class TableNetwork:
         del capacity
         return TableCache(jnp.zeros((slots,), jnp.int32))
 
-    def fill(
-        self,
-        params: jax.Array,
-        cache: TableCache,
-        token_ids: jax.Array,
-        lengths: jax.Array,
-        slots: jax.Array,
+    def read(self, params: jax.Array, token_ids: jax.Array) -> tuple[()]:
+        """See `Network`; a table needs nothing of earlier tokens."""
+        del params, token_ids
+        return ()
+
+    def store(
+        self, cache: TableCache, kept: tuple[()], lengths: jax.Array, slots: jax.Array
     ) -> TableCache:
         """See `Network`."""
-        del params, token_ids
+        del kept
         slots = jnp.where(slots < 0, cache.lengths.shape[0], slots)
         return TableCache(cache.lengths.at[slots].set(lengths, mode="drop"))
 

@@ -7,6 +7,7 @@ in place, where slices of one stacked array would be copied.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -132,20 +133,52 @@ def resize(cache: Cache, capacity: int) -> Cache:
     Returns:
         The cache with columns cut off or zeros appended.
     """
-    extra = capacity - cache.capacity
+    return _with_arrays(cache, lambda x, axis: _fit(x, axis, capacity))
+
+
+def refit(cache: Cache, capacity: int) -> Cache:
+    """`resize` on the host that gives up the old cache, array by array.
+
+    Both caches never stand in memory side by side, as they would around one compiled call.
+
+    Args:
+        cache: The cache; its arrays are deleted.
+        capacity: New M, as in `resize`.
+
+    Returns:
+        What `resize` returns.
+    """
+    if capacity == cache.capacity:
+        return cache
 
     def change(x: jax.Array, axis: int) -> jax.Array:
-        if extra <= 0:
-            return jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
-        pads = [(0, 0)] * x.ndim
-        pads[axis] = (0, extra)
-        return jnp.pad(x, pads)
+        fitted = _compiled_fit(x, axis, capacity).block_until_ready()
+        x.delete()
+        return fitted
 
+    return _with_arrays(cache, change)
+
+
+def _with_arrays(cache: Cache, change: Callable[[jax.Array, int], jax.Array]) -> Cache:
+    """The cache with its arrays changed; `change` is told which axis holds the columns."""
     return dataclasses.replace(
         cache,
         keys=tuple(change(x, 3) for x in cache.keys),
         values=tuple(change(x, 2) for x in cache.values),
     )
+
+
+def _fit(x: jax.Array, axis: int, capacity: int) -> jax.Array:
+    """Columns cut off or zeros appended."""
+    extra = capacity - x.shape[axis]
+    if extra <= 0:
+        return jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, extra)
+    return jnp.pad(x, pads)
+
+
+_compiled_fit = jax.jit(_fit, static_argnums=(1, 2))
 
 
 def take_slots(cache: Cache, slots: jax.Array) -> Cache:

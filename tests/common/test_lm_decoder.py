@@ -13,6 +13,7 @@ from common.lm.cache import (
     bytes_per_token,
     clear_slots,
     empty_cache,
+    refit,
     resize,
     rewind,
     take_slots,
@@ -115,6 +116,19 @@ def test_chunks_equal_whole_sequences(plain, ids):
             begin = int(start[b])
             np.testing.assert_allclose(logits[b, :count], want[b, begin : begin + count], atol=ATOL)
     assert cache.lengths.tolist() == [7, 7, 5]
+
+
+def test_a_refitted_cache_is_a_resized_one_and_gives_up_the_old(plain, ids):
+    sizes, slots = jnp.full((3,), 9, jnp.int32), jnp.arange(3, dtype=jnp.int32)
+    before = empty_cache(plain.cfg, 3, CAPACITY)
+    cache = prefill(plain.params, plain.cfg, before, ids, sizes, slots).cache
+    for capacity in (CAPACITY + 3, 10):
+        want = resize(cache, capacity)
+        found = refit(cache, capacity)
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), found, want))
+        assert all(x.is_deleted() for x in (*cache.keys, *cache.values))
+        cache = found
+    assert refit(cache, 10) is cache
 
 
 def test_rewound_forked_and_resized_caches_continue_alike(plain, ids):

@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from qstar import engine
 from qstar.backend import Request
-from qstar.engine import JaxBackend, Plan
+from qstar.engine import KEPT_PLANS, JaxBackend, Plan, programs
 from qstar.jax_backend import fitting_slots, slot_bytes
 from qstar.law import LawSettings
 from qstar.networks import DecoderNetwork, TableNetwork
@@ -66,9 +66,30 @@ def test_a_row_without_numbers_is_aborted_alone() -> None:
     reason = problem(found[0], aligned=False)
     assert reason is not None and "token 3" in reason
     assert problem(found[1], aligned=False) is None
-    compiled = engine._burst._cache_size()
+    burst = programs(Plan((TableNetwork(V),) * 2, GREEDY)).burst
+    compiled = burst._cache_size()
     run(GREEDY, [broken, COUNT_UP], [4, 0])
-    assert engine._burst._cache_size() == compiled
+    assert burst._cache_size() == compiled > 0
+
+
+def test_programs_live_as_long_as_they_are_held() -> None:
+    """Engines hold theirs; of the others, those of the last plans stay."""
+    networks, tables = (TableNetwork(V),) * 2, [jnp.asarray(COUNT_UP)] * 2
+    plans = [
+        Plan(networks, dataclasses.replace(GREEDY, max_new_tokens=N + 1 + i))
+        for i in range(KEPT_PLANS + 1)
+    ]
+    backend = JaxBackend(plans[0], tables, STOPS, 2, 0, 1)
+    assert len(list(schedule(backend, iter([Request(0, 0, [0], [0])])))) == 1
+    for plan in plans[1:]:
+        programs(plan)
+    assert programs(plans[0]) is backend.programs
+    for plan in plans[1:]:
+        programs(plan)
+    client = jax.devices()[0].client
+    before = len(client.live_executables())
+    del backend
+    assert len(client.live_executables()) <= before - 2  # a burst and a prefill at least
 
 
 class Letters:
