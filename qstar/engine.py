@@ -221,9 +221,7 @@ class Programs:
     store: Any
     abandon: Any
 
-    def prefill(
-        self, params: tuple[Any, ...], state: State, prompts: Prompts, seed: Array
-    ) -> State:
+    def prefill(self, params: tuple[Any, ...], state: State, prompts: Prompts, seed: Any) -> State:
         """Reads prompts into free slots."""
         return self.store(state, self.read(params, prompts.token_ids), prompts, seed)
 
