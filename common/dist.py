@@ -1,6 +1,8 @@
 """Devices of one or many hosts: starting, the mesh, placing arrays on it, bringing them back."""
 
 import contextlib
+import os
+import re
 from typing import Any, TypeVar
 
 import jax
@@ -35,6 +37,23 @@ DATA_AXIS = "data"
 START_TIMEOUT_S = 300  # for all processes to arrive
 
 Tree = TypeVar("Tree")
+
+
+def _room_for_forced_devices() -> None:
+    """One XLA thread for each forced host device and for its loops.
+
+    The pool is as large as the machine has cores. Devices that wait for each other in a collective
+    each hold a thread; with more devices than cores the last one may never get its own, and XLA
+    ends the process after 40 s. NPROC is read when the first device is asked for.
+    """
+    forced = re.search(
+        r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
+    )
+    if forced and int(forced.group(1)) > 1:
+        os.environ.setdefault("NPROC", str(4 * max(int(forced.group(1)), os.cpu_count() or 1)))
+
+
+_room_for_forced_devices()
 
 
 def initialize(how: startup.Start | None = None) -> None:
