@@ -28,7 +28,7 @@ from common.lm.weights import Model
 
 FIRST_CAPACITY = 512
 """Columns of a fresh cache; it doubles as rows grow, and every size is compiled once."""
-_PROMPT_ROWS = 4  # prompts read in one call, where there are enough of them
+_PROMPT_ROWS = 4  # prompts an accelerator reads in one call, where there are enough of them
 _PROMPT_BUCKET, _SEGMENT_BUCKET = 16, 32  # shortest padded prompt and segment
 
 
@@ -83,6 +83,8 @@ class Slots:
         self.settled = np.zeros(slots, bool)
         self.anchor = np.full(slots, -1, np.int32)
         self._trails: list[jax.Array | None] = [None] * slots
+        # Together, a row's last bits depend on whether it has company; a CPU gains nothing by it.
+        self._together = 1 if jax.default_backend() == "cpu" else _PROMPT_ROWS
         self.ledger = Ledger(slots)
 
     # ------------------------------------------------------------------------------------ prompts
@@ -124,7 +126,7 @@ class Slots:
         by_slot = {slot: prompt for prompt, slot in readers.items()}
         sizes = {slot: len(prompt) for slot, prompt in by_slot.items()}
         for bucket, group in self._groups(sizes, _PROMPT_BUCKET, self.rows.cache.capacity):
-            size = _PROMPT_ROWS if len(group) > 1 else 1
+            size = self._together if len(group) > 1 else 1
             token_ids, lengths, targets = pad_prompts(
                 [by_slot[slot] for slot in group], group, bucket, size
             )
@@ -138,9 +140,10 @@ class Slots:
                 cfg=self._cfg,
             )
 
-    @staticmethod
-    def _groups(sizes: dict[int, int], shortest: int, longest: int) -> list[tuple[int, list[int]]]:
-        """Slots by padded length, in calls of one row or of up to `_PROMPT_ROWS`."""
+    def _groups(
+        self, sizes: dict[int, int], shortest: int, longest: int
+    ) -> list[tuple[int, list[int]]]:
+        """Slots by padded length, in calls of one row or of several."""
         buckets: dict[int, list[int]] = {}
         for slot, size in sizes.items():
             buckets.setdefault(bucket_length(size, longest, shortest), []).append(slot)
@@ -148,7 +151,7 @@ class Slots:
         for bucket, slots in sorted(buckets.items()):
             while slots:
                 # Padding two prompts to a call of four would cost more than two calls.
-                count = _PROMPT_ROWS if len(slots) >= _PROMPT_ROWS - 1 else 1
+                count = self._together if len(slots) >= self._together - 1 else 1
                 groups.append((bucket, slots[:count]))
                 slots = slots[count:]
         return groups
@@ -210,7 +213,7 @@ class Slots:
 
     def _reread(self, trail: jax.Array, bucket: int, slots: list[int], counts: list[int]) -> None:
         """Reads steered segments again, unsteered."""
-        size = _PROMPT_ROWS if len(slots) > 1 else 1
+        size = self._together if len(slots) > 1 else 1
         padded = np.zeros((3, size), np.int32)
         padded[1] = -1
         padded[:, : len(slots)] = counts, slots, self.anchor[slots]
