@@ -141,8 +141,7 @@ class Checkpointer:
         except OSError as error:
             raise self._unwritable(step, error.strerror or str(error)) from error
         except Exception as error:
-            # Orbax's storage library reports a full disk under another type.
-            if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+            if not is_full_disk(error):
                 raise
             raise self._unwritable(step, "No space left on device") from error
         self._last_saved = step
@@ -298,6 +297,11 @@ class Checkpointer:
             spared = self._keep_every and step % self._keep_every == 0
             if step not in kept and not spared:
                 self._manager.delete(step)
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether Orbax's storage library says, under a type of its own, that the disk is full."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
 
 
 @contextlib.contextmanager

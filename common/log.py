@@ -4,6 +4,7 @@ Libraries below (Orbax above all) write dozens of lines per save through absl's 
 kept at WARNING, so a run's own messages stay readable beside the progress bar.
 """
 
+import logging
 import sys
 
 from absl import logging as absl_logging
@@ -15,6 +16,9 @@ from common.processes import is_main
 def quiet_libraries() -> None:
     """Let libraries report warnings only; call once at start-up."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # Orbax writes in tasks: one of several that failed alike is raised, the others' tracebacks
+    # would be printed when they are collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def info(message: str, *args: object) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from common.checkpoint import is_full_disk
 from common.engines.base import Toolbox
-from common.errors import require
+from common.errors import UserError, require
 from common.rundir import atomic_write, atomic_write_json, json_text, read_jsonl
 from esm.core.retrieval import MIN_NORM, NO_LAYER, PADDING, Entries
 from esm.files import (
@@ -211,5 +212,13 @@ def _save_tree(directory: Path, memory: Memory) -> None:
         "quality": memory.quality,
         "is_null": memory.is_null,
     }
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(directory.resolve(), tree)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(directory.resolve(), tree)
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        raise UserError(
+            f"cannot write {directory} (No space left on device); make room and run the same "
+            "command again"
+        ) from error
