@@ -14,8 +14,13 @@ def give_back_freed() -> None:
     cycles are collected.
     """
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Returns what the C library holds free to the operating system: milliseconds."""
     if not sys.platform.startswith("linux"):
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
-    if trim is not None:
-        trim(0)
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not in musl
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -19,7 +19,6 @@ import numpy as np
 from jax import lax
 
 from common.lm.generate import pad_prompts, plan_prefill
-from common.memory import give_back_freed
 from qstar.backend import Output, Progress, Request
 from qstar.networks import Network
 from qstar.slots import Columns, Decoding, Slots, advance, empty_slots, fill_slots, read_slots
@@ -359,9 +358,7 @@ class JaxBackend:
             network.resize(cache, self.capacity)
             for network, cache in zip(self.plan.networks, self._state.caches, strict=True)
         )
-        self._state = State(self._state.slots, jax.block_until_ready(caches))
-        # The smaller arrays lie between others, and would stay beside the larger ones.
-        give_back_freed()
+        self._state = State(self._state.slots, caches)
 
     def step(self, leave_at: int = 0) -> None:
         """See `Backend`; returns once the burst is queued."""

@@ -17,6 +17,7 @@ import numpy as np
 from common.errors import require
 from common.lm.config import DecoderConfig
 from common.lm.layers import KeyValue, cache_layout
+from common.memory import trim
 
 
 @flax.struct.dataclass
@@ -154,6 +155,7 @@ def refit(cache: Cache, capacity: int) -> Cache:
     def change(x: jax.Array, axis: int) -> jax.Array:
         fitted = _compiled_fit(x, axis, capacity).block_until_ready()
         x.delete()
+        trim()  # the freed array is too small for the next one, and would stay beside it
         return fitted
 
     return _with_arrays(cache, change)
