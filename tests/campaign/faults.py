@@ -134,7 +134,8 @@ def fill(directory: Path, left: int) -> Path:
     state = os.statvfs(directory)
     size = max(state.f_bavail * state.f_frsize - left, 0)
     block = b"\0" * (1 << 20)
-    with path.open("wb") as file, contextlib.suppress(OSError):
+    # A disk that is full already has no room for the file's name either.
+    with contextlib.suppress(OSError), path.open("wb") as file:
         while size > 0:
             size -= file.write(block[: min(size, len(block))])
     return path

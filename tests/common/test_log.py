@@ -1,6 +1,9 @@
 """Messages: on stderr, one line each, from the main process; libraries kept quiet."""
 
+import errno
 import logging
+import sys
+import threading
 
 import pytest
 from absl import logging as absl_logging
@@ -42,3 +45,33 @@ def test_libraries_may_only_warn() -> None:
         assert logger.isEnabledFor(logging.WARNING) and not logger.isEnabledFor(logging.INFO)
     finally:
         absl_logging.set_verbosity(before)
+
+
+class Dying:
+    """Raises where nobody can catch it."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def __del__(self) -> None:
+        raise RuntimeError(self.words)
+
+
+def test_threads_that_run_out_of_disk_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def write(number: int) -> None:
+        raise OSError(number, "no")
+
+    before = threading.excepthook, sys.unraisablehook
+    try:
+        log.quiet_libraries()
+        for number in (errno.ENOSPC, errno.EACCES):
+            thread = threading.Thread(target=write, args=(number,), name=f"writer-{number}")
+            thread.start()
+            thread.join()
+        for words in ("Event loop is closed", "another"):
+            Dying(words)
+    finally:
+        threading.excepthook, sys.unraisablehook = before
+    printed = capsys.readouterr().err
+    assert f"writer-{errno.EACCES}" in printed and f"writer-{errno.ENOSPC}" not in printed
+    assert "another" in printed and "closed" not in printed
