@@ -83,7 +83,7 @@ class Slots:
         self.settled = np.zeros(slots, bool)
         self.anchor = np.full(slots, -1, np.int32)
         self._trails: list[jax.Array | None] = [None] * slots
-        # Together, a row's last bits depend on whether it has company; a CPU gains nothing by it.
+        # Together, on a CPU, last bits depend on company, which a resumed run may not have again.
         self._together = 1 if jax.default_backend() == "cpu" else _PROMPT_ROWS
         self.ledger = Ledger(slots)
 

@@ -128,3 +128,25 @@ def test_agreement_of_one_process() -> None:
     assert dist.on_main(lambda: (1, 2)) == (1, 2)
     assert dist.any_process(True) and not dist.any_process(False)
     dist.barrier("alone", timeout_s=0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "kept"),
+    [
+        ("--xla_force_host_platform_device_count=64", None, 256),
+        ("--xla_force_host_platform_device_count=64", "3", 3),
+        ("--xla_force_host_platform_device_count=1", None, None),
+        ("", None, None),
+    ],
+)
+def test_forced_devices_find_threads(
+    flags: str, given: str | None, kept: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist.os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    # Set first in either case, so that what the function sets is undone.
+    monkeypatch.setenv("NPROC", given or "")
+    if given is None:
+        monkeypatch.delenv("NPROC")
+    dist._room_for_forced_devices()
+    assert os.environ.get("NPROC") == (None if kept is None else str(kept))
