@@ -12,8 +12,9 @@ half of the cases, or always a tool.
 Groups (`--only`):
   positions  positions sent through the model, over those of greedy decoding of the same tokens.
              "whole" counts a position as one whatever part of the model it runs through. "blocks"
-             counts the blocks that are run: a tool's pass over the last token and the pass that
-             overwrites a steered segment run the blocks above the tool's layer only.
+             counts the blocks that are run: a tool's pass over the last token runs those above the
+             tool's layer; the pass that overwrites a steered segment runs them too, but of the last
+             one only what makes its keys and values, as nothing is read from its output.
   greedy     tokens per second of plain decoding, JAX engine over transformers engine.
   policy     tokens per second of the online policy, half of the segments steered, likewise.
 
@@ -86,20 +87,31 @@ class Passes(NamedTuple):
 
     Attributes:
         work: As the engine counts them.
-        partial: Those of them that run through the blocks above the tools' layer only.
+        tools: Those of them at which a tool's pass runs again the blocks above its layer.
     """
 
     work: Work
-    partial: int
+    tools: int
 
     @property
     def whole(self) -> int:
         """All positions."""
         return self.work.prefill + self.work.commit + self.work.probe + self.work.reread
 
-    def blocks(self, share: float) -> float:
-        """Positions in units of a pass through all blocks; share = of blocks above the tools."""
-        return self.whole - (1.0 - share) * self.partial
+    def blocks(self, cfg: DecoderConfig, layer: int) -> float:
+        """Positions in units of a pass through all blocks, with tools at `layer`."""
+        above = cfg.num_layers - 1 - layer
+        tool = above / cfg.num_layers
+        reread = (max(above - 1, 0) + key_value_share(cfg) * min(above, 1)) / cfg.num_layers
+        return self.whole - (1.0 - tool) * self.tools - (1.0 - reread) * self.work.reread
+
+
+def key_value_share(cfg: DecoderConfig) -> float:
+    """Weights of a block that its keys and values take, as a share of all its matrices'."""
+    heads = cfg.num_heads + cfg.num_kv_heads
+    attention = 2 * cfg.hidden_size * cfg.head_dim * heads
+    every = attention + 3 * cfg.hidden_size * cfg.intermediate_size
+    return 2 * cfg.hidden_size * cfg.head_dim * cfg.num_kv_heads / every
 
 
 def run_policy(
@@ -135,7 +147,7 @@ def run_policy(
         stream.commit(chosen, np.full(slots, 0.5, np.float32), budgets, until)
     work = Work(*(sum(counts) for counts in zip(*stream.work(), strict=True)))
     probes = slots * scene.tools * (scene.segments - 1)
-    return Passes(work, work.reread + probes + steered)
+    return Passes(work, probes + steered)
 
 
 def make_tools(cfg: DecoderConfig, scene: Scene) -> Toolbox:
@@ -158,12 +170,11 @@ def position_rows(cfg: DecoderConfig, scene: Scene, slots: int, repeats: int) ->
     engine = JaxEngine(Model(init_params(jax.random.key(0), cfg), cfg, ()), [])
     tools, prompts = make_tools(cfg, scene), make_prompts(cfg, scene, slots)
     greedy = slots * (scene.prompt + scene.answer - 1)
-    above = (cfg.num_layers - 1 - scene.layer(cfg)) / cfg.num_layers
     rows = []
     for share in TOOL_SHARES:
         passes = run_policy(engine, scene, tools, prompts, share)
         what = f"positions of the policy / greedy, {share:.0%} steered"
-        whole, blocks = passes.whole, passes.blocks(above)
+        whole, blocks = passes.whole, passes.blocks(cfg, scene.layer(cfg))
         rows.append(Row(f"{what}, whole", whole, greedy, whole / greedy, unit="p"))
         rows.append(
             Row(f"{what}, blocks", blocks, greedy, blocks / greedy, POSITIONS_BAR, unit="p")
@@ -207,7 +218,7 @@ def rate_rows(
             return 0
 
         def policy(engine: Any) -> int:
-            return run_policy(engine, scene, tools, prompts, 0.5).partial
+            return run_policy(engine, scene, tools, prompts, 0.5).tools
 
         works: dict[str, Callable[[Any], int]] = {"greedy": greedy, "policy": policy}
         for group in groups:
@@ -241,7 +252,7 @@ def run(
     before, start = machine(), time.perf_counter()
     rows: list[Row] = []
     if "positions" in groups:
-        rows += position_rows(SMALL, scene, 4, repeats)
+        rows += position_rows(MODELS[model], scene, 4, repeats)
     timed = [group for group in groups if group != "positions"]
     if timed:
         rows += rate_rows(MODELS[model], timed_scene, slots, repeats, timed, clock)
@@ -268,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", default="", help="also write everything to this file")
     parser.add_argument("--repeats", type=int, default=3, help="rounds per comparison")
     parser.add_argument("--only", default=",".join(GROUPS), help="groups, separated by commas")
-    parser.add_argument("--model", default="middle", choices=MODELS, help="of the timed groups")
+    parser.add_argument("--model", default="middle", choices=MODELS, help="whose sizes are used")
     parser.add_argument("--slots", type=int, default=8, help="rows of the timed groups")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="of the timed groups")
     parser.add_argument("--segment", type=int, default=60, help="tokens of a segment")

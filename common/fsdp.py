@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.dist import DATA_AXIS
+from common.spmd import sum_over_devices
 
 MIN_SIZE = 1024  # elements; cutting less than this saves nothing and costs a collective
 _WHOLE = -1
@@ -87,10 +88,10 @@ class Layout:
     def reduce(self, grads: Any) -> Any:
         """Inside a per-shard function: the sum of all devices' gradients, this device's share."""
         if self.num_devices == 1:
-            return jax.lax.psum(grads, DATA_AXIS)
+            return sum_over_devices(grads)
         return jax.tree.map(
             lambda g, axis: (
-                jax.lax.psum(g, DATA_AXIS)
+                sum_over_devices(g)
                 if axis < 0
                 else jax.lax.psum_scatter(g, DATA_AXIS, scatter_dimension=axis, tiled=True)
             ),
@@ -110,7 +111,7 @@ class Layout:
         zero = jnp.zeros((), pairs[0][0].dtype)
         own = sum((value for value, axis in pairs if axis < 0), zero)
         cut = sum((value for value, axis in pairs if axis >= 0), zero)
-        return own + jax.lax.psum(cut, DATA_AXIS)
+        return own + sum_over_devices(cut)
 
     def norm(self, tree: Any) -> jax.Array:
         """Inside a per-shard function: the global norm sqrt(sum x^2) of the whole arrays."""

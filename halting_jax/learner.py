@@ -57,8 +57,9 @@ class Sums:
       means: name -> Ratio, over all rows of all steps.
       ponder: distribution of the ponder steps, of the limit halts and of the remainders.
       steps: [] optimiser steps behind these sums.
-      grad_norm: [] sum of the gradient norms before clipping; nan_count, inf_count: [] int32,
-        non-finite gradient entries; anomaly_norm: [] largest finite norm at such a step.
+      grad_norm: [] gradient norm before clipping, of the last step; nan_count, inf_count: [] int32,
+        non-finite entries of that gradient. An entry that is not finite stays in the moments and
+        reaches every later gradient, so the last one tells whether there was any.
     """
 
     means: dict[str, Ratio]
@@ -211,8 +212,11 @@ def make_step(
     objective: Objective,
     settings: OptimSettings,
     layout: Layout = WHOLE_LAYOUT,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
-    """One optimiser step of one shard: (state, its rows) -> (state, this step's sums).
+) -> Callable[..., tuple[TrainState, Sums]]:
+    """One optimiser step of one shard: (state, its rows, measured=True) -> (state, its sums).
+
+    `measured`, bool [], says whether the gradient's norm and non-finite entries are wanted: without
+    clipping nothing else needs them, and reading large gradients once more costs a tenth of a step.
 
     Args:
       layout: where weights, average and moments lie.
@@ -222,7 +226,18 @@ def make_step(
     if settings.freeze_steps and halting is None:
         raise UserError("config key act.halt_warmup_steps: this model has no halting unit")
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    def health(grads: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        norm = gradient_norm(grads, layout)
+        nan_count, inf_count = count_non_finite(grads, norm, layout)
+        return norm, nan_count, inf_count
+
+    def unmeasured(grads: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(health, grads))
+        return zeros[0], zeros[1], zeros[2]
+
+    def step(
+        state: TrainState, batch: Batch, measured: jax.Array | bool = True
+    ) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(state.key, state.step)
         tau = settings.tau(state.step)
 
@@ -233,8 +248,7 @@ def make_step(
 
         grads, (scored, means) = jax.grad(loss, has_aux=True)(layout.whole(state.params))
         grads = layout.reduce(grads)
-        norm = gradient_norm(grads, layout)
-        nan_count, inf_count = count_non_finite(grads, norm, layout)
+        norm, nan_count, inf_count = jax.lax.cond(measured, health, unmeasured, grads)
         if settings.freeze_steps:
             frozen = state.step < settings.freeze_steps
             assert halting is not None
@@ -269,7 +283,7 @@ def make_step(
 
 
 def compile_steps(
-    step: Callable[[TrainState, Batch], tuple[TrainState, Sums]],
+    step: Callable[..., tuple[TrainState, Sums]],
     draw: Draw,
     mesh: Mesh,
     mode: str = "jit",
@@ -304,7 +318,7 @@ def compile_steps(
 
         def body(i: jax.Array, loop: tuple[TrainState, Sums]) -> tuple[TrainState, Sums]:
             state, sums = loop
-            state, new = step(state, batch_of(state, i))
+            state, new = step(state, batch_of(state, i), i == count - 1)
             return state, jax.tree.map(jnp.add, sums, new)
 
         shapes = jax.eval_shape(lambda: step(state, batch_of(state, jnp.int32(0)))[1])

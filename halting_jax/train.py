@@ -357,7 +357,7 @@ def training_row(config: ConfigDict, built: Built, sums: Sums, tau: float) -> di
         losses,
         tau,
     )
-    row["debug/grad_norm"] = float(sums.grad_norm) / max(int(sums.steps), 1)
+    row["debug/grad_norm"] = float(sums.grad_norm)
     row["mean_inner_steps_executed"] = ponder_report(sums.ponder)["mean_inner_steps_executed"]
     if sums.nan_count or sums.inf_count:
         row["debug/grad_nan_param_count"] = int(sums.nan_count)

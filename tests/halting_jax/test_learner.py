@@ -153,17 +153,24 @@ def test_any_number_of_steps_is_one_program_and_the_same_run() -> None:
     jax.tree.map(np.testing.assert_array_equal, cut[0], whole[0])
 
 
-def test_nonfinite_gradients_are_counted() -> None:
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_nonfinite_gradients_are_counted(bad: float, steps: int) -> None:
+    """Also when only the first of several steps has them: they reach the last one."""
     built, settings, source = _setting()
 
     def draw(key: jax.Array, row_ids: jax.Array, sent: Any) -> Any:
-        batch = source.draw(key, row_ids, sent)
-        return batch.replace(inputs=batch.inputs.at[0, 0].set(jnp.nan))
+        batch = source.draw(key, row_ids, ())
+        return batch.replace(inputs=batch.inputs.at[0, 0].set(jnp.where(sent[0], bad, 1.0)))
 
     step = make_step(built.task, built.model, built.objective, settings)
     run = compile_steps(step, draw, make_mesh(1))
-    _, sums = run(_start(built, settings), jnp.arange(16, dtype=jnp.int32), (), 1)
-    assert int(sums.nan_count) > 0 and not np.isfinite(float(sums.grad_norm))
+    sent = jnp.zeros((16, steps), bool).at[:, 0].set(True)
+    _, sums = run(_start(built, settings), jnp.arange(16, dtype=jnp.int32), sent, steps)
+    assert int(sums.nan_count) + int(sums.inf_count) > 0
+    assert not np.isfinite(float(sums.grad_norm))
+    _, sums = run(_start(built, settings), jnp.arange(16, dtype=jnp.int32), ~sent[:, :1], 1)
+    assert int(sums.nan_count) + int(sums.inf_count) == 0 and float(sums.grad_norm) > 0
 
 
 def _agree(*specs: str) -> None:
