@@ -90,6 +90,7 @@ def get_default_config() -> ConfigDict:
     c.ut.key_depth = 256
     c.ut.value_depth = 256
     c.ut.filter_size = 256
+    c.ut.conv_size = 0  # grids: odd width of a depth-wise convolution in the transition
     c.ut.max_hops = 6
     c.ut.act = False
     c.ut.act_loss_weight = 1e-3
@@ -108,6 +109,7 @@ def get_default_config() -> ConfigDict:
     c.trm.heads = 4
     c.trm.expansion = 4.0
     c.trm.mixer = "attention"  # attention | mlp
+    c.trm.conv_size = 0  # odd width of a depth-wise convolution over the grid in the SwiGLU
     c.trm.inner_cycles = 6  # latent updates per cycle
     c.trm.cycles = 3  # the last one carries the gradient
     c.trm.supervision_steps = 16

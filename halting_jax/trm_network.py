@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from common.errors import require
 from common.lm import layers
+from halting_jax.grid_conv import grid_conv, init_grid_conv
 from halting_jax.types import Params, TaskShape
 
 MIXERS = ("attention", "mlp")
@@ -40,6 +41,8 @@ class TrmSettings:
       layers: layers of the shared network.
       heads: attention heads; they divide H.
       expansion: the SwiGLU is 2/3 * expansion * H wide (expansion * S for `mixer="mlp"`).
+      conv_size: odd width of a depth-wise convolution over the grid on the inner vectors of the
+        SwiGLU, before its output product (ConvSwiGLU); 0 = none.
       inner_cycles: n, updates of z per cycle.
       cycles: T, cycles per supervision step.
       supervision_steps: N_sup, most supervision steps of one example.
@@ -57,6 +60,7 @@ class TrmSettings:
     hidden_size: int = 512
     layers: int = 2
     heads: int = 8
+    conv_size: int = 0
     expansion: float = 4.0
     inner_cycles: int = 6
     cycles: int = 3
@@ -96,7 +100,10 @@ def _swiglu_shapes(size: int, expansion: float) -> dict[str, Any]:
 def _layer_shapes(shape: TaskShape, settings: TrmSettings) -> dict[str, Any]:
     """Nested {name: shape} of one shared layer, in the layout of `common.lm.layers`."""
     hidden, split = settings.hidden_size, (settings.heads, settings.hidden_size // settings.heads)
-    spec = {"mlp": _swiglu_shapes(hidden, settings.expansion)}
+    spec: dict[str, Any] = {"mlp": _swiglu_shapes(hidden, settings.expansion)}
+    if settings.conv_size:
+        width = spec["mlp"]["down"]["kernel"][0]
+        spec["conv"] = {"kernel": (settings.conv_size, settings.conv_size, width)}
     if settings.mixer == "mlp":
         return spec | {"mixer": _swiglu_shapes(shape.length, settings.expansion)}
     attn = {name: {"kernel": (hidden, *split)} for name in ("q", "k", "v")}
@@ -108,6 +115,9 @@ def _init_layer(key: jax.Array, spec: dict[str, Any]) -> dict[str, Any]:
     leaves, tree = jax.tree.flatten_with_path(spec, is_leaf=lambda x: isinstance(x, tuple))
     values = []
     for i, (path, shape) in enumerate(leaves):
+        if path[0].key == "conv":
+            values.append(init_grid_conv(jax.random.fold_in(key, i), shape))
+            continue
         # Only the output projection sums over two axes, its heads and their channels.
         inputs = (0, 1) if path[-2].key == "o" else (0,)
         init = nn.initializers.variance_scaling(
@@ -153,7 +163,17 @@ def shared_layer(
         heads = layers.attention(query, key, value, mask[:, None, :], attn_impl)
         mixed = layers.merge_heads(heads, layer["attn"]["o"]["kernel"])
     h = layers.rms_norm(h + mixed, unit, RMS_EPS)
-    return layers.rms_norm(h + layers.swiglu(layer["mlp"], h), unit, RMS_EPS)
+    return layers.rms_norm(h + _transition(layer, h, mask), unit, RMS_EPS)
+
+
+def _transition(layer: Params, h: jax.Array, mask: jax.Array) -> jax.Array:
+    """The SwiGLU, its inner vectors convolved over the grid where the layer has a kernel."""
+    if "conv" not in layer:
+        return layers.swiglu(layer["mlp"], h)
+    mlp = layer["mlp"]
+    gate, up = (layers.dense(h, mlp[name]["kernel"]) for name in ("gate", "up"))
+    inner = jnp.where(mask[..., None], jax.nn.silu(gate) * up, 0)
+    return layers.dense(grid_conv(inner, layer["conv"]["kernel"]), mlp["down"]["kernel"])
 
 
 class TrmNet(nn.Module):
@@ -285,6 +305,14 @@ def make_net(shape: TaskShape, settings: TrmSettings) -> TrmNet:
     )
     head_dim, rest = divmod(settings.hidden_size, settings.heads)
     require(rest == 0, f"trm.hidden_size={settings.hidden_size} must be a multiple of trm.heads")
+    require(
+        settings.conv_size == 0 or settings.conv_size % 2 == 1,
+        f"trm.conv_size={settings.conv_size} must be odd, or 0 for none",
+    )
+    require(
+        settings.conv_size == 0 or math.isqrt(shape.length) ** 2 == shape.length,
+        f"trm.conv_size needs a square grid, not {shape.length} tokens",
+    )
     if settings.pos == "rope2d":
         side = math.isqrt(shape.length)
         require(settings.mixer == "attention", "trm.pos=rope2d needs trm.mixer=attention")

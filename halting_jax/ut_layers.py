@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from common.lm.layers import dense
+from halting_jax.grid_conv import grid_conv, init_grid_conv
 from halting_jax.ut_settings import UtSettings
 
 LAYER_NORM_EPS = 1e-6
@@ -216,17 +217,25 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """H -> filter -> H with ReLU, position by position."""
+    """H -> filter -> H with ReLU, position by position.
+
+    With `settings.conv_size` the inner vectors also pass through a depth-wise convolution over the
+    grid: the separable convolution that the Universal Transformer paper offers as its transition.
+    """
 
     settings: UtSettings
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, H] -> [B, T, H] in x's dtype."""
-        hidden = nn.relu(Dense(self.settings.filter_size, self.settings.dtype, name="fc1")(x))
-        return Dense(self.settings.hidden_size, self.settings.dtype, name="fc2")(hidden).astype(
-            x.dtype
-        )
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """x [B, T, H] -> [B, T, H] in x's dtype; a convolution reads zeros outside mask [B, T]."""
+        s = self.settings
+        hidden = Dense(s.filter_size, s.dtype, name="fc1")(x)
+        if s.conv_size:
+            assert mask is not None
+            size = (s.conv_size, s.conv_size, s.filter_size)
+            kernel = self.param("conv", init_grid_conv, size)
+            hidden = grid_conv(jnp.where(mask[..., None], hidden, 0), kernel)
+        return Dense(s.hidden_size, s.dtype, name="fc2")(nn.relu(hidden)).astype(x.dtype)
 
 
 class EncoderBlock(nn.Module):
@@ -244,7 +253,7 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
         """x [B, S, H] under mask bool [B, S] -> [B, S, H]."""
         x = x + self.attention(self.norm_attention(x), None, mask, causal)
-        return x + self.feed_forward(self.norm_feed_forward(x))
+        return x + self.feed_forward(self.norm_feed_forward(x), mask)
 
 
 class DecoderBlock(nn.Module):

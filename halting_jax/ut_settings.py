@@ -1,6 +1,7 @@
 """Sizes and switches of a Universal Transformer, and the check that they fit together."""
 
 import dataclasses
+import math
 
 from common.errors import require
 from halting_jax.signals import POSITIONS
@@ -26,6 +27,7 @@ class UtSettings:
       key_depth: width of all queries and of all keys together.
       value_depth: width of all values together.
       filter_size: inner width of the position-wise network.
+      conv_size: odd width of a depth-wise convolution over the grid inside that network; 0 = none.
       max_hops: most applications of the shared block.
       act: positions halt by themselves; otherwise every position takes max_hops.
       act_epsilon: a position halts once its mass exceeds 1 - act_epsilon.
@@ -50,6 +52,7 @@ class UtSettings:
     key_depth: int = 256
     value_depth: int = 256
     filter_size: int = 256
+    conv_size: int = 0
     max_hops: int = 6
     act: bool = False
     act_epsilon: float = 0.01
@@ -120,6 +123,15 @@ def check_settings(shape: TaskShape, settings: UtSettings) -> None:
     require(
         settings.attn_impl != "cudnn" or settings.dtype == "bfloat16",
         "ut.attn_impl=cudnn needs model.dtype=bfloat16",
+    )
+    require(
+        settings.conv_size == 0 or settings.conv_size % 2 == 1,
+        f"ut.conv_size={settings.conv_size} must be odd, or 0 for none",
+    )
+    require(
+        settings.conv_size == 0
+        or (shape.form == "grid" and math.isqrt(shape.length) ** 2 == shape.length),
+        "ut.conv_size needs a square grid; set ut.conv_size=0 for this task",
     )
     require(
         settings.pos == "1d" or shape.form == "grid",

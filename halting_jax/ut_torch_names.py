@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from common.errors import require
 from common.torch_bridge import Rule, Tensors, export_state, flatten, import_state, linear
 from halting_jax.types import Params, TaskShape
 from halting_jax.universal_transformer import make_universal_transformer
@@ -19,7 +20,14 @@ def ut_rules(shape: TaskShape, settings: UtSettings) -> list[Rule]:
     Args:
       shape: of the task; grids name their readout `decoder`, the other tasks `output_layer`.
       settings: of the model.
+
+    Raises:
+      UserError: the original has no such model.
     """
+    require(
+        settings.conv_size == 0,
+        f"PyTorch weights of the original have no convolution (ut.conv_size={settings.conv_size})",
+    )
     encoder = "encoder.enc."
     rules = [
         *_attention(f"{encoder}multi_head_attention", "encoder/block/attention"),

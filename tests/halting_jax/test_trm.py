@@ -121,8 +121,24 @@ def _plain_network(params: Params, settings: TrmSettings, h: jax.Array) -> jax.A
                 weights = scores / scores.sum(axis=1, keepdims=True)
                 mixed += weights @ v @ attn["o"]["kernel"][head]
         h = _plain_norm(h + mixed)
-        h = _plain_norm(h + _plain_swiglu(layer["mlp"], h))
+        h = _plain_norm(h + _plain_transition(layer, h))
     return h
+
+
+def _plain_transition(layer: Params, h: jax.Array) -> jax.Array:
+    if "conv" not in layer:
+        return _plain_swiglu(layer["mlp"], h)
+    mlp, kernel = layer["mlp"], layer["conv"]["kernel"]
+    inner = jax.nn.silu(h @ mlp["gate"]["kernel"]) * (h @ mlp["up"]["kernel"])
+    border, mixed = len(kernel) // 2, []
+    for row, column in np.ndindex(SIDE, SIDE):
+        cells = [
+            kernel[i - row + border, j - column + border] * inner[i * SIDE + j]
+            for i, j in np.ndindex(SIDE, SIDE)
+            if abs(i - row) <= border and abs(j - column) <= border
+        ]
+        mixed.append(sum(cells))
+    return jnp.stack(mixed) @ mlp["down"]["kernel"]
 
 
 def _plain_step(
@@ -142,7 +158,11 @@ def _plain_step(
     return logits, q[0], y, z
 
 
-@pytest.mark.parametrize("settings", [FULL, _mlp(SMALL)], ids=["attention", "mlp"])
+@pytest.mark.parametrize(
+    "settings",
+    [FULL, _mlp(SMALL), dataclasses.replace(SMALL, conv_size=3)],
+    ids=["attention", "mlp", "convolution"],
+)
 def test_gradient_flows_through_the_last_cycle_only(settings: TrmSettings) -> None:
     """Values and all gradients equal those of the plain loop with its cut before each cycle."""
     net, params, batch = make_net(SHAPE, settings), _params(settings), _batch(rows=2)
@@ -271,7 +291,11 @@ def test_rows_that_leave_the_batch() -> None:
     assert row_steps < ROWS * int(whole.ponder.executed)
 
 
-@pytest.mark.parametrize("settings", [SMALL, _mlp(SMALL)], ids=["attention", "mlp"])
+@pytest.mark.parametrize(
+    "settings",
+    [SMALL, _mlp(SMALL), dataclasses.replace(SMALL, conv_size=3)],
+    ids=["attention", "mlp", "convolution"],
+)
 def test_padding_never_matters(settings: TrmSettings) -> None:
     """Whatever stands at masked cells changes neither answers nor gradients."""
     params, batch = _params(settings), _batch(valid=LENGTH - 3)
@@ -350,6 +374,8 @@ def test_reduced_precision_keeps_float32_outputs() -> None:
         (TaskShape("grid", 8, 6, 1, 6), {}, "square"),
         (SHAPE, {"mixer": "mlp"}, "rope2d"),
         (SHAPE, {"mixer": "convolution"}, "convolution"),
+        (SHAPE, {"conv_size": 2}, "odd"),
+        (TaskShape("grid", 8, 6, 1, 6), {"conv_size": 3, "pos": "learned"}, "square"),
         (SHAPE, {"cycles": 0}, "cycles"),
         (SHAPE, {"halt_exploration": 1.5}, "halt_exploration"),
     ],
