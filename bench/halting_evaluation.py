@@ -64,13 +64,17 @@ def cases(sizes: Sizes) -> list[Case]:
 
     side, batch_size = sizes.eval_grid_side, sizes.eval_grid_batch
     grids = random_grids(2 * batch_size, side)
-    for level in ("example", "token"):
+    # Examples differ by little in the mean of their positions: a large scale would stop them at the
+    # first hop or at none.
+    example = {"amplified": 30.0, "scales": (0.01, 0.03, 0.1, 0.3)}
+    for level, spread in (("example", example), ("token", {"amplified": 10.0})):
         config = get_config("maze_ut", "perfect10")
         config.ut.act, config.ut.act_level = True, level
         config.ut.max_hops = sizes.eval_limit
         config.model.hidden_size = sizes.eval_grid_hidden
-        title = f"UT per {level}"
-        found.append(Case(title, _grid(config, side), grids, batch_size, amplified=10.0))
+        for name in ("key_depth", "value_depth", "filter_size"):
+            config.ut[name] = sizes.eval_grid_hidden
+        found.append(Case(f"UT per {level}", _grid(config, side), grids, batch_size, **spread))
     config = get_config("maze_ut", "trm10")
     config.model.hidden_size = sizes.eval_grid_hidden
     config.trm.layers, config.trm.inner_cycles, config.trm.cycles = sizes.eval_trm

@@ -19,9 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
 from bench import machine
 from common.rundir import atomic_write_json
 from common.statistics import wilson_interval
+from halting_jax.active_keys import inactive_reason
 
 # Sections of the config that decide what is learnt.
 RECIPE = ("task", "model", "act", "ut", "trm", "data", "optim", "train")
@@ -147,9 +151,13 @@ def read_run(claim: Claim, workdir: Path) -> dict[str, Any] | None:
 
 
 def recipe(workdir: Path) -> str:
-    """Short digest of what a run learns from; runs of one recipe differ in their seed alone."""
-    config = json.loads((workdir / "config_resolved.json").read_text())["config"]
-    chosen = {section: config[section] for section in RECIPE}
+    """Short digest of what a run learns from; runs of one recipe differ in their seed alone.
+
+    Keys that do nothing for the run's task and model are left out, so new ones change no digest.
+    """
+    config = ConfigDict(json.loads((workdir / "config_resolved.json").read_text())["config"])
+    flat = flatten_dict({name: config[name].to_dict() for name in RECIPE}, sep=".")
+    chosen = {key: value for key, value in flat.items() if not inactive_reason(config, key)}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -87,7 +87,7 @@ class Sizes:
     eval_batch: int = 128
     eval_examples: int = 256
     eval_grid_side: int = 8
-    eval_grid_hidden: int = 64
+    eval_grid_hidden: int = 256
     eval_grid_batch: int = 64
     eval_trm: tuple[int, int, int] = (2, 2, 1)
     eval_limit: int = 16

@@ -73,6 +73,15 @@ def get_config(variant: str = "") -> ConfigDict:
         c.trm.inner_cycles = 2
         c.trm.cycles = 2
         c.trm.supervision_steps = 3
+    if variant == "trm10":
+        # Convolutions show a cell its neighbours; what is far away is left to the recursion.
+        c.trm.conv_size = 3
+        c.trm.inner_cycles = 2
+        c.trm.cycles = 2
+        c.trm.supervision_steps = 8
+        c.data.aug = "aug8"
+        c.optim.lr = 4e-4
+        c.optim.beta2 = 0.95
     if variant == "trm30":
         c.model.dtype = "bfloat16"
         c.trm.heads = 8

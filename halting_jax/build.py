@@ -107,6 +107,7 @@ def ut_settings(config: ConfigDict) -> UtSettings:
         value_depth=section.value_depth,
         filter_size=section.filter_size,
         conv_size=section.conv_size,
+        norm=section.norm,
         max_hops=section.max_hops,
         act=section.act,
         act_epsilon=section.act_epsilon,

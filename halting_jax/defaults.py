@@ -91,6 +91,7 @@ def get_default_config() -> ConfigDict:
     c.ut.value_depth = 256
     c.ut.filter_size = 256
     c.ut.conv_size = 0  # grids: odd width of a depth-wise convolution in the transition
+    c.ut.norm = "pre"  # pre | post (the paper's)
     c.ut.max_hops = 6
     c.ut.act = False
     c.ut.act_loss_weight = 1e-3
@@ -132,6 +133,7 @@ def get_default_config() -> ConfigDict:
 
     c.optim = ConfigDict()
     c.optim.lr = 1e-4
+    c.optim.beta2 = 0.999  # decay of Adam's second moment
     c.optim.weight_decay = 0.0
     c.optim.decay_mask = False  # True spares biases, norms and embeddings
     c.optim.clip_norm = 0.0  # 0 = off
@@ -273,7 +275,7 @@ def finalize(config: ConfigDict) -> list[str]:
     )
     require_at_least(c, not_negative, 0)
     rule = "must lie between 0 and 1"
-    inside = ("act.epsilon", "act.prior", "ut.act_epsilon", "optim.ema.decay")
+    inside = ("act.epsilon", "act.prior", "ut.act_epsilon", "optim.ema.decay", "optim.beta2")
     require_each(c, inside, lambda value: 0.0 < value < 1.0, rule)
     require_each(c, ("trm.halt_exploration",), lambda value: 0.0 <= value <= 1.0, rule)
     if c.parallel.fsdp and c.parallel.mode != "jit":

@@ -76,7 +76,8 @@ class OptimSettings:
 
     Attributes:
       rate, tau: functions of the step.
-      adam: "adamw" (decay decoupled) or "adam" without decay.
+      beta2: decay of Adam's second moment; 0.95 follows gradients that grow suddenly, as those
+        through many hops do.
       weight_decay: decoupled decay times the rate, on all parameters unless decay_mask.
       decay_mask: True spares biases, norms, embeddings and one-row kernels (everything below two
         axes, and names with "embedding").
@@ -87,6 +88,7 @@ class OptimSettings:
 
     rate: Callable[[Any], jax.Array]
     tau: Callable[[Any], jax.Array]
+    beta2: float = 0.999
     weight_decay: float = 0.0
     decay_mask: bool = False
     clip_norm: float = 0.0
@@ -108,7 +110,7 @@ def make_optimizer(
     parts: list[optax.GradientTransformation] = []
     if settings.clip_norm:
         parts.append(clip_by_norm(settings.clip_norm, lambda grads: gradient_norm(grads, layout)))
-    parts.append(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
+    parts.append(optax.scale_by_adam(b1=0.9, b2=settings.beta2, eps=1e-8))
     if settings.weight_decay:
         mask = _decayed if settings.decay_mask else None
         parts.append(optax.add_decayed_weights(settings.weight_decay, mask))

@@ -100,6 +100,7 @@ def optim_settings(config: ConfigDict, steps: int, per_epoch: int) -> OptimSetti
             config.act.time_penalty_start,
             config.act.time_penalty_warmup_steps,
         ),
+        beta2=optim.beta2,
         weight_decay=optim.weight_decay,
         decay_mask=optim.decay_mask,
         clip_norm=optim.clip_norm,

@@ -9,6 +9,7 @@ from halting_jax.types import FORMS, TaskShape
 
 MIXES = ("basic", "accumulated")
 LEVELS = ("token", "example")
+NORMS = ("pre", "post")
 ATTENTION_MODES = ("auto", "full", "causal")
 EXECUTIONS = ("scan", "while")
 DTYPES = ("float32", "bfloat16")
@@ -28,6 +29,8 @@ class UtSettings:
       value_depth: width of all values together.
       filter_size: inner width of the position-wise network.
       conv_size: odd width of a depth-wise convolution over the grid inside that network; 0 = none.
+      norm: of the sub-layers: "pre", or "post" as in the paper, which keeps the state's size the
+        same however many hops there are.
       max_hops: most applications of the shared block.
       act: positions halt by themselves; otherwise every position takes max_hops.
       act_epsilon: a position halts once its mass exceeds 1 - act_epsilon.
@@ -53,6 +56,7 @@ class UtSettings:
     value_depth: int = 256
     filter_size: int = 256
     conv_size: int = 0
+    norm: str = "pre"
     max_hops: int = 6
     act: bool = False
     act_epsilon: float = 0.01
@@ -85,6 +89,7 @@ def check_settings(shape: TaskShape, settings: UtSettings) -> None:
         "ut.act_level": (settings.act_level, LEVELS),
         "ut.attention_mode": (settings.attention_mode, ATTENTION_MODES),
         "ut.halt_kernel": (settings.halt_kernel, HALT_KERNELS),
+        "ut.norm": (settings.norm, NORMS),
         "ut.pos": (settings.pos, POSITIONS),
         "ut.execution": (settings.execution, EXECUTIONS),
         "ut.attn_impl": (settings.attn_impl, ATTENTION_IMPLEMENTATIONS),
