@@ -127,6 +127,8 @@ TINY = Sizes(
 def get_config(name: str, variant: str) -> ConfigDict:
     """configs/halting_NAME.py:VARIANT on one device, with a rate that changes nothing."""
     config: ConfigDict = importlib.import_module(f"configs.halting_{name}").get_config(variant)
+    # The plain blocks are the paper's, and halting excludes losses on the way.
+    config.ut.conv_size = config.ut.supervise_every = 0
     config.optim.lr = STILL_RATE
     config.parallel.num_devices = 1
     return config

@@ -54,11 +54,20 @@ def get_config(variant: str = "") -> ConfigDict:
         c.ut.act = True
         c.ut.act_mix = "accumulated"
     if variant in ("perfect10", "trm10"):
+        # Convolutions show a cell its neighbours; what is far away is left to the recursion. The
+        # gradient through all of it explodes, so the answer is scored on the way.
+        c.ut.conv_size = 3
+        c.ut.heads = 2
+        c.ut.supervise_every = 4
+        c.data.aug = "aug8"
+        c.optim.lr = 1e-3
+        c.optim.beta2 = 0.95
+        c.train.max_steps = 4500
         c.data.style = "perfect"
         c.data.side = 10
         c.data.min_path_moves = 10
         c.data.train_size = 20000
-        c.ut.max_hops = 12
+        c.ut.max_hops = 16
         c.ut.pos = "2d"
     if variant == "tiny":
         _tiny(c)
@@ -74,14 +83,12 @@ def get_config(variant: str = "") -> ConfigDict:
         c.trm.cycles = 2
         c.trm.supervision_steps = 3
     if variant == "trm10":
-        # Convolutions show a cell its neighbours; what is far away is left to the recursion.
         c.trm.conv_size = 3
         c.trm.inner_cycles = 2
         c.trm.cycles = 2
         c.trm.supervision_steps = 8
-        c.data.aug = "aug8"
         c.optim.lr = 4e-4
-        c.optim.beta2 = 0.95
+        c.train.max_steps = 6000
     if variant == "trm30":
         c.model.dtype = "bfloat16"
         c.trm.heads = 8

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from halting_jax.act_rnn import ActRnnSettings, make_act_rnn
 from halting_jax.defaults import FILE_TASKS
-from halting_jax.objective import Objective, act_objective
+from halting_jax.objective import Objective, act_objective, stretches_objective
 from halting_jax.pondernet import pondernet_objective
 from halting_jax.tasks.factory import make_task
 from halting_jax.trm import TrmSettings, make_trm, trm_objective
@@ -60,6 +60,8 @@ def build(config: ConfigDict, seq_len: int = 0, vocab_size: int = 0) -> Built:
         return _recursive(config, task)
     if config.model.type == "universal_transformer":
         model = make_universal_transformer(task.shape, ut_settings(config))
+        if model.stretches:
+            return Built(task, model, stretches_objective(task, model))
         charged = config.ut.act and not config.act.disable_ponder_cost
         return Built(task, model, act_objective(task, model, config.act.ponder_reduce, charged))
     model = make_act_rnn(task.shape, act_rnn_settings(config))
@@ -107,7 +109,7 @@ def ut_settings(config: ConfigDict) -> UtSettings:
         value_depth=section.value_depth,
         filter_size=section.filter_size,
         conv_size=section.conv_size,
-        norm=section.norm,
+        supervise_every=section.supervise_every,
         max_hops=section.max_hops,
         act=section.act,
         act_epsilon=section.act_epsilon,

@@ -91,8 +91,8 @@ def get_default_config() -> ConfigDict:
     c.ut.value_depth = 256
     c.ut.filter_size = 256
     c.ut.conv_size = 0  # grids: odd width of a depth-wise convolution in the transition
-    c.ut.norm = "pre"  # pre | post (the paper's)
     c.ut.max_hops = 6
+    c.ut.supervise_every = 0  # training: hops between two losses; 0 = one after the last hop
     c.ut.act = False
     c.ut.act_loss_weight = 1e-3
     c.ut.act_epsilon = 0.01

@@ -65,6 +65,33 @@ def classification(task: Task, logits: jax.Array, batch: Batch) -> Ratio:
     return Ratio(jnp.sum(rows.total), jnp.sum(rows.count))
 
 
+def stretches_objective(task: Task, model: Model) -> Objective:
+    """Classification, averaged over the answers after every stretch of inner steps.
+
+    What is iterated often is trained like this because the gradient through all steps explodes; a
+    stretch learns to improve whatever state it finds.
+
+    Args:
+      task, model: bundles of functions; the model has `stretches`.
+    """
+    assert model.stretches is not None
+    stretches = model.stretches
+
+    def objective(
+        params: Params, carry: Any, batch: Batch, key: jax.Array, tau: jax.Array
+    ) -> Scored:
+        del key, tau
+        logits, outputs = stretches(params, batch)
+        scored = jax.vmap(lambda one: classification(task, one, batch))(logits)
+        terms = {
+            "classification": Term(1.0, Ratio(jnp.mean(scored.total), scored.count[0])),
+            "ponder": Term(0.0, ponder_ratio(outputs.ponder, "mean")),
+        }
+        return Scored(terms, outputs, batch, carry, {})
+
+    return objective
+
+
 def act_objective(
     task: Task, model: Model, reduce: str = "mean", charged: bool = True
 ) -> Objective:

@@ -164,6 +164,8 @@ class Model:
         every leaf with a leading B axis; advance(params, carry, count) -> carry after up to
         `count` (static) inner steps of the rows that still run; running(carry) -> bool [B];
         finish(params, carry) -> Outputs, equal to those of apply.
+      stretches: (params, batch) -> (logits [K, ...] after every stretch of inner steps, Outputs of
+        the last); gradients end where a stretch begins. None for models without.
     """
 
     type: str
@@ -175,3 +177,4 @@ class Model:
     advance: Callable[..., Any] | None = None
     running: Callable[[Any], jax.Array] | None = None
     finish: Callable[..., Outputs] | None = None
+    stretches: Callable[[Params, Batch], tuple[jax.Array, Outputs]] | None = None

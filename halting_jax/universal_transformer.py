@@ -77,6 +77,21 @@ def make_universal_transformer(shape: TaskShape, settings: UtSettings) -> Model:
         encoded, ponder = encode(net, batch, signals, fixed_steps)
         return Outputs(_answer(net, batch, encoded, signals), ponder)
 
+    def stretches(params: Params, batch: Batch) -> tuple[jax.Array, Outputs]:
+        net, mask, hops = unbound.bind({"params": params}), batch.input_mask, settings.max_hops
+        signals, every = tables(batch), settings.supervise_every
+        block = hop_functions(net, mask, signals).block
+
+        def stretch(state: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+            # Only the first stretch trains the embedding.
+            state = jnp.where(first == 0, state, jax.lax.stop_gradient(state))
+            state = ut_act.fixed_hops(state, signals, block, every, settings.remat, first)
+            return state, _answer(net, batch, net.encoder_norm(state), signals)
+
+        state = net.embed(batch.inputs, mask)
+        state, logits = jax.lax.scan(stretch, state, jnp.arange(0, hops, every))
+        return logits, Outputs(logits[-1], ut_act.fixed_ponder(state, mask, hops, charged=False))
+
     def start(params: Params, batch: Batch) -> UtRows:
         state = unbound.bind({"params": params}).embed(batch.inputs, batch.input_mask)
         return UtRows(batch, ut_act.start(state, batch.input_mask))
@@ -103,6 +118,8 @@ def make_universal_transformer(shape: TaskShape, settings: UtSettings) -> Model:
         halting_path=HALTING_PATH if settings.act else "",
         max_steps=settings.max_hops,
     )
+    if settings.supervise_every:
+        model = dataclasses.replace(model, stretches=stretches)
     if not settings.act:
         return model  # no row is done before the last hop
     return dataclasses.replace(model, start=start, advance=advance, running=running, finish=finish)

@@ -201,14 +201,15 @@ def fixed_hops(
     block: Callable[[jax.Array], jax.Array],
     num_hops: int,
     remat: bool = False,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
-    """The state [B, S, H] after `num_hops` hops without halting."""
+    """The state [B, S, H] after `num_hops` hops without halting, numbered from `first` on."""
 
     def hop(state: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         return block(add_signals(state, signals, index)), None
 
     body = jax.checkpoint(hop, prevent_cse=False) if remat else hop
-    return jax.lax.scan(body, state, jnp.arange(num_hops))[0]
+    return jax.lax.scan(body, state, first + jnp.arange(num_hops))[0]
 
 
 def halting_ponder(carry: HopCarry, mask: jax.Array) -> Ponder:

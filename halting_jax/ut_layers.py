@@ -238,17 +238,8 @@ class FeedForward(nn.Module):
         return Dense(s.hidden_size, s.dtype, name="fc2")(nn.relu(hidden)).astype(x.dtype)
 
 
-def add(
-    settings: UtSettings, norm: LayerNorm, sublayer: Callable[[jax.Array], jax.Array], x: jax.Array
-) -> jax.Array:
-    """x + f(LN(x)) with `norm="pre"`, LN(x + f(x)) with "post"."""
-    if settings.norm == "post":
-        return norm(x + sublayer(x))
-    return x + sublayer(norm(x))
-
-
 class EncoderBlock(nn.Module):
-    """Self-attention and the position-wise network, each added to its input (see `add`)."""
+    """x <- x + Attn(LN(x)); x <- x + FFN(LN(x))."""
 
     settings: UtSettings
 
@@ -261,13 +252,12 @@ class EncoderBlock(nn.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array, causal: bool) -> jax.Array:
         """x [B, S, H] under mask bool [B, S] -> [B, S, H]."""
-        s = self.settings
-        x = add(s, self.norm_attention, lambda u: self.attention(u, None, mask, causal), x)
-        return add(s, self.norm_feed_forward, lambda u: self.feed_forward(u, mask), x)
+        x = x + self.attention(self.norm_attention(x), None, mask, causal)
+        return x + self.feed_forward(self.norm_feed_forward(x), mask)
 
 
 class DecoderBlock(nn.Module):
-    """Self-attention, attention to the encoder's output, position-wise network (see `add`)."""
+    """Self-attention, attention to the encoder's output, position-wise network; pre-norm each."""
 
     settings: UtSettings
 
@@ -286,8 +276,7 @@ class DecoderBlock(nn.Module):
 
     def project_own(self, x: jax.Array) -> KeyValue:
         """Keys and values that x [B, T, H] offers to the self-attention of later positions."""
-        read = x if self.settings.norm == "post" else self.norm_self(x)
-        return self.self_attention.project(read)
+        return self.self_attention.project(self.norm_self(x))
 
     def __call__(
         self,
@@ -312,7 +301,6 @@ class DecoderBlock(nn.Module):
         Returns:
           [B, T, H].
         """
-        s = self.settings
-        x = add(s, self.norm_self, lambda u: self.self_attention(u, own, own_mask, causal), x)
-        x = add(s, self.norm_cross, lambda u: self.cross_attention(u, memory, memory_mask), x)
-        return add(s, self.norm_feed_forward, self.feed_forward, x)
+        x = x + self.self_attention(self.norm_self(x), own, own_mask, causal)
+        x = x + self.cross_attention(self.norm_cross(x), memory, memory_mask)
+        return x + self.feed_forward(self.norm_feed_forward(x))

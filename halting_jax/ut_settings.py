@@ -9,7 +9,6 @@ from halting_jax.types import FORMS, TaskShape
 
 MIXES = ("basic", "accumulated")
 LEVELS = ("token", "example")
-NORMS = ("pre", "post")
 ATTENTION_MODES = ("auto", "full", "causal")
 EXECUTIONS = ("scan", "while")
 DTYPES = ("float32", "bfloat16")
@@ -29,9 +28,9 @@ class UtSettings:
       value_depth: width of all values together.
       filter_size: inner width of the position-wise network.
       conv_size: odd width of a depth-wise convolution over the grid inside that network; 0 = none.
-      norm: of the sub-layers: "pre", or "post" as in the paper, which keeps the state's size the
-        same however many hops there are.
       max_hops: most applications of the shared block.
+      supervise_every: training scores the answer after so many hops again and again, and cuts the
+        gradient there (deep supervision); 0 = once, after the last hop. It divides max_hops.
       act: positions halt by themselves; otherwise every position takes max_hops.
       act_epsilon: a position halts once its mass exceeds 1 - act_epsilon.
       act_mix: "basic" (out <- u x + (1 - u) out, as in tensor2tensor; not convex) or
@@ -56,8 +55,8 @@ class UtSettings:
     value_depth: int = 256
     filter_size: int = 256
     conv_size: int = 0
-    norm: str = "pre"
     max_hops: int = 6
+    supervise_every: int = 0
     act: bool = False
     act_epsilon: float = 0.01
     act_mix: str = "basic"
@@ -89,7 +88,6 @@ def check_settings(shape: TaskShape, settings: UtSettings) -> None:
         "ut.act_level": (settings.act_level, LEVELS),
         "ut.attention_mode": (settings.attention_mode, ATTENTION_MODES),
         "ut.halt_kernel": (settings.halt_kernel, HALT_KERNELS),
-        "ut.norm": (settings.norm, NORMS),
         "ut.pos": (settings.pos, POSITIONS),
         "ut.execution": (settings.execution, EXECUTIONS),
         "ut.attn_impl": (settings.attn_impl, ATTENTION_IMPLEMENTATIONS),
@@ -129,6 +127,12 @@ def check_settings(shape: TaskShape, settings: UtSettings) -> None:
         settings.attn_impl != "cudnn" or settings.dtype == "bfloat16",
         "ut.attn_impl=cudnn needs model.dtype=bfloat16",
     )
+    every = settings.supervise_every
+    require(
+        every >= 0 and (not every or settings.max_hops % every == 0),
+        f"ut.supervise_every={every} does not divide ut.max_hops={settings.max_hops}",
+    )
+    require(not every or not settings.act, "ut.supervise_every needs ut.act=False")
     require(
         settings.conv_size == 0 or settings.conv_size % 2 == 1,
         f"ut.conv_size={settings.conv_size} must be odd, or 0 for none",

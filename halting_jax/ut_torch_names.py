@@ -25,9 +25,8 @@ def ut_rules(shape: TaskShape, settings: UtSettings) -> list[Rule]:
       UserError: the original has no such model.
     """
     require(
-        settings.conv_size == 0 and settings.norm == "pre",
-        "PyTorch weights of the original have ut.conv_size=0 and ut.norm=pre, not "
-        f"{settings.conv_size} and {settings.norm}",
+        settings.conv_size == 0,
+        f"PyTorch weights of the original have no convolution (ut.conv_size={settings.conv_size})",
     )
     encoder = "encoder.enc."
     rules = [

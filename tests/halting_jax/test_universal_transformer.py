@@ -11,6 +11,8 @@ import pytest
 
 from common.errors import UserError
 from halting_jax.early_exit import with_early_exit
+from halting_jax.objective import act_objective, stretches_objective
+from halting_jax.tasks.maze import make_maze
 from halting_jax.types import Batch, Model, Outputs, TaskShape
 from halting_jax.universal_transformer import (
     UtSettings,
@@ -268,6 +270,56 @@ def test_greedy_decoding_equals_teacher_forcing() -> None:
         make_greedy_decoder(SHAPES["grid"], settings)
 
 
+@pytest.mark.parametrize("form", ["grid", "frames", "seq2seq"])
+def test_answers_after_every_stretch(form: str) -> None:
+    """Those of models with as many hops; the last stretch is trained through its own hops alone."""
+    model, params = model_of(form, act=False, supervise_every=2)
+    batch = make_batch(form)
+    assert model.stretches is not None
+    logits, outputs = jax.jit(model.stretches)(params, batch)
+    apply = jax.jit(model.apply, static_argnums=2)
+    for number, hops in enumerate((2, 4)):
+        wanted = apply(params, batch, hops).logits
+        np.testing.assert_allclose(logits[number], wanted, atol=1e-5)
+    np.testing.assert_array_equal(outputs.logits, logits[-1])
+    np.testing.assert_array_equal(outputs.ponder.steps, np.where(batch.input_mask, 4, 0))
+
+    def loss(params: Any, stretch: int) -> jax.Array:
+        return jnp.sum(jnp.sin(model.stretches(params, batch)[0][stretch]))
+
+    first, second = (jax.jit(jax.grad(loss), static_argnums=1)(params, n) for n in range(2))
+    entry = "embedding" if form != "frames" else "input_proj"
+    assert np.abs(jax.tree.leaves(first[entry])[0]).max() > 0
+    if form != "seq2seq":  # there the decoder reads embeddings at every stretch
+        assert all(np.abs(g).max() == 0 for g in jax.tree.leaves(second[entry]))
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(second["encoder"]["block"]))
+
+
+def test_one_stretch_is_the_plain_objective() -> None:
+    task = make_maze(9, TOKENS)
+    shape = dataclasses.replace(SMALL, act=False, max_hops=3)
+    plain = make_universal_transformer(task.shape, shape)
+    whole = make_universal_transformer(task.shape, dataclasses.replace(shape, supervise_every=3))
+    rng = np.random.default_rng(0)
+    tokens, mask = rng.integers(0, TOKENS, (2, ROWS, 9)), np.ones((ROWS, 9), bool)
+    batch = Batch(
+        *(jnp.asarray(x) for x in (tokens[0], mask, tokens[1], mask)),
+        decoder_inputs=jnp.zeros((ROWS, 0), jnp.int32),
+        difficulty=jnp.zeros(ROWS, jnp.int32),
+    )
+    params = plain.init(jax.random.key(0))
+
+    def graded(objective: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            terms = objective(params, (), batch, jax.random.key(0), jnp.zeros(())).terms
+            return sum(term.weight * term.ratio.value for term in terms.values())
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    ours, wanted = graded(stretches_objective(task, whole)), graded(act_objective(task, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, wanted)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_implementations_agree(causal: bool) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
@@ -318,6 +370,8 @@ def test_layer_norm() -> None:
         ({"attn_impl": "cudnn", "value_depth": 8}, "bfloat16"),
         ({"pos": "2d"}, "2d"),
         ({"max_hops": 0}, "max_hops"),
+        ({"act": False, "supervise_every": 3}, "supervise_every"),
+        ({"supervise_every": 2}, "supervise_every"),
         ({"act_epsilon": 1.0}, "act_epsilon"),
     ],
 )
