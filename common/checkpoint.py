@@ -48,6 +48,7 @@ class Checkpointer:
         best: str = "",
         keep_every: int = 0,
         settings: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         read_only: bool = False,
     ) -> None:
         """Opens the directory; makes it unless `read_only`.
@@ -59,6 +60,8 @@ class Checkpointer:
             keep_every: also keep the steps that are a multiple of it; 0: none.
             settings: {key: JSON value} of the config keys the arrays depend on; a restore under
                 other values is refused (see `common.flags.select`).
+            defaults: what `settings` are by default; a checkpoint older than a key counts as made
+                with the key's default, which is chosen such that it changes nothing.
             read_only: never changes the directory; for commands that only load.
 
         Raises:
@@ -78,6 +81,7 @@ class Checkpointer:
         self._keep_every = keep_every
         self._best = best
         self._settings = json.loads(json.dumps(dict(settings or {})))
+        self._defaults = json.loads(json.dumps(dict(defaults or {})))
         self._read_only = read_only
         self._last_saved: int | None = None
         options = ocp.CheckpointManagerOptions(
@@ -272,6 +276,7 @@ class Checkpointer:
             return
         keys = sorted(set(self._settings) if partial else set(saved) | set(self._settings))
         missing = object()
+        saved = {key: self._defaults[key] for key in keys if key in self._defaults} | dict(saved)
         changes = [
             f"{key}: saved {json.dumps(saved.get(key))}, now {json.dumps(self._settings.get(key))}"
             for key in keys

@@ -21,6 +21,7 @@ from halting_jax.learner import init_state
 from halting_jax.source import Source
 from halting_jax.train import (
     checkpoint_path,
+    default_structure,
     format_table,
     make_evaluator,
     make_source,
@@ -109,7 +110,11 @@ def load_trained(
     target = jax.eval_shape(lambda: init_state(built.model, settings, config.seed))
     wanted = {"params": target.params, "ema": target.ema, "step": target.step}
     with Checkpointer(
-        directory, best="max", settings=structure(config, facts), read_only=True
+        directory,
+        best="max",
+        settings=structure(config, facts),
+        defaults=default_structure(),
+        read_only=True,
     ) as checkpoints:
         if step is None and best:
             step = checkpoints.best_step()

@@ -22,6 +22,7 @@ from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
 from halting_jax import log_names
 from halting_jax.build import Built, build, parameter_count, time_penalty_target
+from halting_jax.defaults import get_default_config
 from halting_jax.evaluate import Evaluator, SetResult, difficulty_rows, format_difficulty
 from halting_jax.learner import (
     OptimSettings,
@@ -55,6 +56,7 @@ _NOT_STRUCTURE = (
     "ut.act_loss_weight",
     "ut.remat",
     "ut.attn_impl",
+    "ut.supervise_every",
     "trm.halt_exploration",
     "trm.halt_at_eval",
     "task.near_ood_bits",
@@ -69,6 +71,11 @@ def structure(config: ConfigDict, facts: dict[str, Any]) -> dict[str, Any]:
     chosen = flags.select(config, STRUCTURE)
     chosen = {k: v for k, v in chosen.items() if not k.startswith(_NOT_STRUCTURE)}
     return chosen | {f"dataset.{k}": facts[k] for k in ("seq_len", "vocab_size") if k in facts}
+
+
+def default_structure() -> dict[str, Any]:
+    """What `structure` gives for the default config."""
+    return structure(get_default_config(), {})
 
 
 def make_source(config: ConfigDict, workdir: Path) -> tuple[Source, Built]:
@@ -178,6 +185,7 @@ def train(
             keep_every=config.checkpoint.keep_every,
             best="max",
             settings=structure(config, source.facts),
+            defaults=default_structure(),
         ) as checkpoints,
         MetricWriter(run.path, dist.is_main(), config.logging.tensorboard) as writer,
     ):
@@ -188,6 +196,7 @@ def train(
             resumable = Checkpointer(
                 checkpoint_path(config.train.resume)[0],
                 settings=structure(config, source.facts),
+                defaults=default_structure(),
                 read_only=True,
             )
         if config.train.resume != "none" and resumable is not None:

@@ -126,6 +126,21 @@ def test_other_settings_are_refused_in_words(tmp_path: Path) -> None:
     assert "model.kind" not in str(error.value)
 
 
+def test_a_checkpoint_older_than_a_key_has_its_default(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, settings={"model.width": 3}) as checkpointer:
+        checkpointer.save(1, make_state(), {})
+    defaults = {"model.width": 8, "model.new": 0}
+    same = {"model.width": 3, "model.new": 0}
+    with Checkpointer(tmp_path, settings=same, defaults=defaults) as checkpointer:
+        checkpointer.restore(make_state())
+    for change in ({"model.new": 1}, {"model.width": 8}):
+        with (
+            Checkpointer(tmp_path, settings=same | change, defaults=defaults) as checkpointer,
+            pytest.raises(UserError, match=next(iter(change))),
+        ):
+            checkpointer.restore(make_state())
+
+
 def _largest_file(directory: Path) -> Path:
     files = [p for p in directory.rglob("*") if p.is_file() and p.name != "summary.json"]
     return max(files, key=lambda p: p.stat().st_size)
