@@ -19,16 +19,10 @@ from common.metrics import MetricWriter, StepTimer, peak_memory
 from halting_jax.build import Built
 from halting_jax.defaults import finalize
 from halting_jax.learner import OptimSettings, compile_steps, make_step
+from halting_jax.reports import progress_text, training_row
 from halting_jax.source import Source
-from halting_jax.train import (
-    fresh_state,
-    make_source,
-    optim_settings,
-    padded,
-    progress_text,
-    structure,
-    training_row,
-)
+from halting_jax.structure import structure
+from halting_jax.train import fresh_state, make_source, optim_settings, padded
 from halting_jax.types import Batch
 
 MAZE_TOKENS = 6

@@ -18,17 +18,10 @@ from halting_jax.build import Built, act_rnn_settings, build, ut_settings
 from halting_jax.defaults import FILE_TASKS, check_overrides, finalize, get_default_config
 from halting_jax.evaluate import SetResult, difficulty_rows, format_difficulty
 from halting_jax.learner import init_state
+from halting_jax.reports import format_table
 from halting_jax.source import Source
-from halting_jax.train import (
-    checkpoint_path,
-    default_structure,
-    format_table,
-    make_evaluator,
-    make_source,
-    optim_settings,
-    saved_config,
-    structure,
-)
+from halting_jax.structure import checkpoint_path, default_structure, saved_config, structure
+from halting_jax.train import make_evaluator, make_source, optim_settings
 
 # What an evaluation may set anew; everything else belongs to the trained model.
 EVALUATION_KEYS = (

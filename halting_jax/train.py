@@ -12,70 +12,29 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from common import dist, flags, log
+from common import dist, log
 from common.checkpoint import Checkpointer
 from common.errors import Interrupted, UserError
 from common.fsdp import Layout
-from common.json_files import Fields, read_json_object
 from common.metrics import MetricWriter, StepTimer, peak_memory
 from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
 from halting_jax import log_names
 from halting_jax.build import Built, build, parameter_count, time_penalty_target
-from halting_jax.defaults import get_default_config
-from halting_jax.evaluate import Evaluator, SetResult, difficulty_rows, format_difficulty
+from halting_jax.evaluate import Evaluator, SetResult
 from halting_jax.learner import (
     OptimSettings,
-    Sums,
     TrainState,
     compile_steps,
     init_state,
     make_step,
     state_specs,
 )
-from halting_jax.ponder_sums import ponder_report
+from halting_jax.reports import progress_text, training_row, write_report
 from halting_jax.schedules import learning_rate, time_penalty
 from halting_jax.source import Source, data_directory, file_source, generated_source, is_file_task
+from halting_jax.structure import checkpoint_path, default_structure, structure
 from halting_jax.tasks import maze_metrics
-from halting_jax.tasks.maze_metrics import finalize as maze_finalize
-
-# A checkpoint can only continue a run that agrees in these; lengths and cadence may change.
-STRUCTURE = ("task", "model", "act", "ut", "trm", "optim.ema.enabled", "seed", "data.batch_size")
-# What a model and its data must share for an evaluation.
-_NOT_STRUCTURE = (
-    "act.time_penalty",
-    "act.disable_ponder_cost",
-    "act.ponder_reduce",
-    "act.halt_warmup_steps",
-    "act.fixed_ponder_steps",
-    "act.execution",
-    "act.chunk",
-    "act.prior",
-    "act.kl_weight",
-    "act.epsilon",
-    "ut.act_loss_weight",
-    "ut.remat",
-    "ut.attn_impl",
-    "ut.supervise_every",
-    "trm.halt_exploration",
-    "trm.halt_at_eval",
-    "task.near_ood_bits",
-    "task.ood_bits",
-    "task.eval_",
-    "task.test_max_digits",
-)
-
-
-def structure(config: ConfigDict, facts: dict[str, Any]) -> dict[str, Any]:
-    """Keys that a checkpoint and a run must agree in, with the sizes of the data."""
-    chosen = flags.select(config, STRUCTURE)
-    chosen = {k: v for k, v in chosen.items() if not k.startswith(_NOT_STRUCTURE)}
-    return chosen | {f"dataset.{k}": facts[k] for k in ("seq_len", "vocab_size") if k in facts}
-
-
-def default_structure() -> dict[str, Any]:
-    """What `structure` gives for the default config."""
-    return structure(get_default_config(), {})
 
 
 def make_source(config: ConfigDict, workdir: Path) -> tuple[Source, Built]:
@@ -128,7 +87,7 @@ def make_evaluator(config: ConfigDict, built: Built, mesh: Any) -> Evaluator:
         fixed_steps=config.act.fixed_ponder_steps,
         early_exit=config.eval.early_exit,
         path_metrics=maze_metrics.path_metrics if config.task.name == "maze" else None,
-        finalize=maze_finalize if is_file_task(config) else None,
+        finalize=maze_metrics.finalize if is_file_task(config) else None,
         mode=config.parallel.mode,
     )
 
@@ -344,131 +303,3 @@ def padded(sent: Any, count: int) -> Any:
 def next_multiple(step: int, every: int) -> int:
     """The next step above `step` that is a multiple of `every`."""
     return (step // every + 1) * every
-
-
-def training_row(config: ConfigDict, built: Built, sums: Sums, tau: float) -> dict[str, float]:
-    """The logged values of the steps behind some sums."""
-    finalize = maze_finalize if is_file_task(config) else _mean_values
-    means = dict(sums.means)
-    terms = {name: _value(means.pop(name)) for name in ("classification", "ponder")}
-    charged = config.act.kind == "act" or config.model.type == "universal_transformer"
-    added = 0.0 if config.act.disable_ponder_cost or not charged else tau * terms["ponder"]
-    losses = {
-        "classification": terms["classification"],
-        "ponder": terms["ponder"],
-        "ponder_added": added,
-        "total": terms["classification"] + added,
-    }
-    row = log_names.train_row(
-        config.task.name,
-        config.model.type,
-        finalize(means),
-        ponder_report(sums.ponder),
-        losses,
-        tau,
-    )
-    row["debug/grad_norm"] = float(sums.grad_norm)
-    row["mean_inner_steps_executed"] = ponder_report(sums.ponder)["mean_inner_steps_executed"]
-    if sums.nan_count or sums.inf_count:
-        row["debug/grad_nan_param_count"] = int(sums.nan_count)
-        row["debug/grad_inf_param_count"] = int(sums.inf_count)
-        row["debug/grad_norm_at_anomaly"] = row["debug/grad_norm"]
-    return row
-
-
-def _value(ratio: Any) -> float:
-    return float(ratio.total) / float(ratio.count) if ratio.count else 0.0
-
-
-def _mean_values(means: dict[str, Any]) -> dict[str, float]:
-    return {name: _value(ratio) for name, ratio in means.items()}
-
-
-def progress_text(config: ConfigDict, row: dict[str, float], timing: dict[str, float]) -> str:
-    """What the progress bar shows beside its rate."""
-    prefix = "" if is_file_task(config) else "train/"
-    loss = row[f"{prefix}loss_cls" if not prefix else f"{prefix}loss_classification"]
-    steps = row["steps" if not prefix else f"{prefix}ponder_steps"]
-    shown = [f"loss={loss:.4f}", f"ponder={steps:.2f}"]
-    shown += [
-        f"{name.removeprefix(prefix)}={row[name]:.3f}"
-        for name in (f"{prefix}{n}" for n in _ACCURACIES)
-        if name in row
-    ]
-    return " ".join([*shown, f"ex/s={timing['speed/examples_per_second']:.0f}"])
-
-
-_ACCURACIES = (
-    "puz_acc",
-    "cell_acc",
-    "accuracy",
-    "accuracy_sequence",
-    "sequence_accuracy",
-    "per_token_accuracy",
-)
-
-
-def checkpoint_path(name: str) -> tuple[Path, int | None]:
-    """The checkpoint directory behind RUN, RUN/checkpoints or RUN/checkpoints/STEP, and the step.
-
-    Raises:
-      UserError: there is no such directory.
-    """
-    path = Path(name).expanduser()
-    step = int(path.name) if path.name.isdigit() and path.parent.name == "checkpoints" else None
-    path = path.parent if step is not None else path
-    if not path.is_dir():
-        raise UserError(f"{name}: no such directory; name the run directory of a training run")
-    inner = path / "checkpoints"
-    return (inner if inner.is_dir() else path), step
-
-
-def write_report(
-    config: ConfigDict,
-    run: RunDir,
-    step: int,
-    table: dict[str, dict[str, float]],
-    results: dict[str, SetResult],
-    seconds: float,
-) -> None:
-    """Writes eval.json and prints the final table; the main process does."""
-    if not dist.is_main():
-        return
-    report: dict[str, Any] = {"step": step, "seconds": seconds, "sets": table}
-    if config.eval.by_difficulty:
-        report["by_difficulty"] = {name: difficulty_rows(r) for name, r in results.items()}
-    atomic_write_json(run.path / "eval.json", report)
-    print("\n" + format_table(results))
-    last = list(results)[-1] if len(results) > 1 else "val"
-    shown = next((n for n in results if n not in ("val", last)), last)
-    if config.eval.by_difficulty:
-        print(f"\n{shown}, by difficulty (bits, digits, gates, items, symbols or moves)")
-        print(format_difficulty(report["by_difficulty"][shown]))
-    print(f"\n{step} steps, {seconds:.0f} s of training; files in {run.path}")
-
-
-def format_table(results: dict[str, SetResult]) -> str:
-    """One line per set: examples, loss, steps, and every metric of the task."""
-    names = list(dict.fromkeys(n for result in results.values() for n in result.metrics))
-    head = ["set", "examples", "loss", "steps", *names]
-    lines = ["  ".join(f"{h:>10}" for h in head)]
-    lines.append("-" * len(lines[0]))
-    for name, result in results.items():
-        cells = [f"{name:>10}", f"{len(result.correct):>10}"]
-        cells += [f"{result.losses['classification']:>10.4f}", f"{result.ponder['steps']:>10.2f}"]
-        cells += [f"{result.metrics[n]:>{max(len(n), 10)}.4f}" for n in names]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
-
-
-def saved_config(run: Path) -> dict[str, Any]:
-    """The resolved config that a run directory holds.
-
-    Raises:
-      UserError: there is none.
-    """
-    cure = "train first, or name the run directory of a training run"
-    path = run / "config_resolved.json"
-    fields: Fields = {"config": dict, "config.model": dict, "config.task": dict}
-    config: dict[str, Any] = read_json_object(path, cure, fields)["config"]
-    return config

@@ -10,7 +10,8 @@ from common.checkpoint import Checkpointer
 from common.rundir import append_jsonl, atomic_write_json
 from halting_jax.defaults import finalize
 from halting_jax.learner import init_state
-from halting_jax.train import make_source, optim_settings, structure
+from halting_jax.structure import structure
+from halting_jax.train import make_source, optim_settings
 
 STEPS = 40
 MAZES = {
