@@ -8,8 +8,9 @@ Variants
   tiny       every code path in seconds, for tests.
   cpu        6x6 random-wall mazes, no ACT; minutes on two cores.
   act6       6x6 mazes with ACT halting and accumulated mixing.
-  perfect10  10x10 perfect mazes, 2-D positions.
-  trm10      the same mazes with the recursive model.
+  perfect10  10x10 perfect mazes: 2-D positions, convolutions in the transition, losses on the way;
+             half an hour on one core.
+  trm10      the same mazes with the recursive model; a quarter of an hour.
   tiny_trm   the recursive model in seconds, for tests.
   trm30      30x30 hard mazes with the recursive model (needs a GPU).
   runbook    30x30 mazes with the original's values: 6 hops, ACT weight 1e-3, 1000 epochs.
