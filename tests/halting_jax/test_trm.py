@@ -24,6 +24,7 @@ from halting_jax.trm_supervision import (
     supervise,
 )
 from halting_jax.types import Batch, Params, Task, TaskShape
+from tests.halting_jax.plain_trm import plain_step
 
 SIDE, CLASSES, ROWS = 3, 6, 16
 LENGTH = SIDE * SIDE
@@ -83,81 +84,6 @@ def _assert_close(actual: Any, expected: Any, atol: float = 2e-5) -> None:
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=atol)
 
 
-# --------------------------------------------------------------------------------------------------
-# An independent version: one example at a time, Python loops, complex rotations
-
-
-def _plain_norm(x: jax.Array) -> jax.Array:
-    return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-
-
-def _plain_turn(x: jax.Array, theta: float) -> jax.Array:
-    """Channel j and j + K/2 of a head are a complex number, turned by row or column."""
-    half = x.shape[1] // 2
-    cells = np.arange(len(x))
-    frequencies = theta ** (-2 * np.arange(half // 2) / half)
-    angles = [np.outer(place, frequencies) for place in (cells // SIDE, cells % SIDE)]
-    number = (x[:, :half] + 1j * x[:, half:]) * jnp.exp(1j * np.concatenate(angles, axis=1))
-    return jnp.concatenate([number.real, number.imag], axis=1)
-
-
-def _plain_swiglu(p: Params, x: jax.Array) -> jax.Array:
-    gate = x @ p["gate"]["kernel"]
-    return (gate / (1 + jnp.exp(-gate)) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
-
-
-def _plain_network(params: Params, settings: TrmSettings, h: jax.Array) -> jax.Array:
-    """f on one example, h [S, H]."""
-    for i in range(settings.layers):
-        layer = params[f"layer_{i}"]
-        if settings.mixer == "mlp":
-            mixed = _plain_swiglu(layer["mixer"], h.T).T
-        else:
-            attn, mixed = layer["attn"], jnp.zeros_like(h)
-            for head in range(settings.heads):
-                q, k, v = (h @ attn[name]["kernel"][:, head] for name in ("q", "k", "v"))
-                q, k = _plain_turn(q, settings.rope_theta), _plain_turn(k, settings.rope_theta)
-                scores = jnp.exp(q @ k.T / q.shape[1] ** 0.5)
-                weights = scores / scores.sum(axis=1, keepdims=True)
-                mixed += weights @ v @ attn["o"]["kernel"][head]
-        h = _plain_norm(h + mixed)
-        h = _plain_norm(h + _plain_transition(layer, h))
-    return h
-
-
-def _plain_transition(layer: Params, h: jax.Array) -> jax.Array:
-    if "conv" not in layer:
-        return _plain_swiglu(layer["mlp"], h)
-    mlp, kernel = layer["mlp"], layer["conv"]["kernel"]
-    inner = jax.nn.silu(h @ mlp["gate"]["kernel"]) * (h @ mlp["up"]["kernel"])
-    border, mixed = len(kernel) // 2, []
-    for row, column in np.ndindex(SIDE, SIDE):
-        cells = [
-            kernel[i - row + border, j - column + border] * inner[i * SIDE + j]
-            for i, j in np.ndindex(SIDE, SIDE)
-            if abs(i - row) <= border and abs(j - column) <= border
-        ]
-        mixed.append(sum(cells))
-    return jnp.stack(mixed) @ mlp["down"]["kernel"]
-
-
-def _plain_step(
-    params: Params, settings: TrmSettings, tokens: jax.Array, y: jax.Array, z: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """One supervision step of one example; gradient through the last cycle only."""
-    x = params["embedding"][tokens] * settings.hidden_size**0.5
-    if settings.pos == "learned":
-        x = (x + params["position_embedding"] * settings.hidden_size**0.5) / 2**0.5
-    for _ in range(settings.cycles):
-        y, z = jax.lax.stop_gradient((y, z))
-        for _ in range(settings.inner_cycles):
-            z = _plain_network(params, settings, z + x + y)
-        y = _plain_network(params, settings, y + z)
-    logits = y @ params["readout"]["kernel"] + params["readout"]["bias"]
-    q = y.mean(axis=0) @ params["halt"]["kernel"] + params["halt"]["bias"]
-    return logits, q[0], y, z
-
-
 @pytest.mark.parametrize(
     "settings",
     [FULL, _mlp(SMALL), dataclasses.replace(SMALL, conv_size=3)],
@@ -178,7 +104,7 @@ def test_gradient_flows_through_the_last_cycle_only(settings: TrmSettings) -> No
     def plain(params: Params) -> tuple[jax.Array, Any]:
         start = initial_latents(settings, 1, LENGTH)
         logits, q, y, z = jax.vmap(
-            lambda tokens: _plain_step(params, settings, tokens, start.y[0], start.z[0])
+            lambda tokens: plain_step(params, settings, tokens, start.y[0], start.z[0])
         )(batch.inputs)
         log_p = jnp.log(jnp.take_along_axis(jax.nn.softmax(logits), batch.targets[..., None], -1))
         right = jnp.all(jnp.argmax(logits, -1) == batch.targets, axis=1)
@@ -244,7 +170,7 @@ def test_stops_exactly_where_the_halting_logit_turns_positive() -> None:
     """Steps and forced rows follow from the halting logits of the plain loop."""
     params, batch = _mixed_halting()
     out = _applied(SMALL)(params, batch, 0)
-    plain = jax.jit(lambda tokens, y, z: _plain_step(params, SMALL, tokens, y, z))
+    plain = jax.jit(lambda tokens, y, z: plain_step(params, SMALL, tokens, y, z))
     for row in range(4):
         start = initial_latents(SMALL, 1, LENGTH)
         y, z, taken, halted = start.y[0], start.z[0], 0, False
