@@ -26,6 +26,7 @@ from bench import machine
 from common.rundir import atomic_write_json
 from common.statistics import wilson_interval
 from halting_jax.active_keys import inactive_reason
+from halting_jax.defaults import get_default_config
 
 # Sections of the config that decide what is learnt.
 RECIPE = ("task", "model", "act", "ut", "trm", "data", "optim", "train")
@@ -153,9 +154,12 @@ def read_run(claim: Claim, workdir: Path) -> dict[str, Any] | None:
 def recipe(workdir: Path) -> str:
     """Short digest of what a run learns from; runs of one recipe differ in their seed alone.
 
-    Keys that do nothing for the run's task and model are left out, so new ones change no digest.
+    Keys that do nothing for the run's task and model are left out, and a run older than a key has
+    its default, so new keys change no digest.
     """
-    config = ConfigDict(json.loads((workdir / "config_resolved.json").read_text())["config"])
+    saved = json.loads((workdir / "config_resolved.json").read_text())["config"]
+    config = get_default_config()
+    config.update(ConfigDict(saved))
     flat = flatten_dict({name: config[name].to_dict() for name in RECIPE}, sep=".")
     chosen = {key: value for key, value in flat.items() if not inactive_reason(config, key)}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
