@@ -251,6 +251,7 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
     )
     left = axes[0, 0]
     penalties: dict[float, list[float]] = {}
+    drawn = [name for name in claims if "_tau" not in name]
     for name, claim in claims.items():
         runs = claim["seeds"].values()
         if "_tau" in name:
@@ -261,7 +262,7 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
             groups = run["by_difficulty"]
             middle = [(g["low"] + g["high"]) / 2 for g in groups]
             steps = [g["steps"] for g in groups]
-            colour = f"C{list(claims).index(name) % 10}"
+            colour = f"C{drawn.index(name) % 10}"
             label = name if number == 0 else None
             left.plot(middle, steps, marker="o", markersize=3, color=colour, label=label)
     left.set(xlabel="difficulty (bits, digits, gates, items, moves)", ylabel="mean ponder steps")
