@@ -219,9 +219,7 @@ class Training:
             self._state, sums = self._run(self._state, self._rows, sent, count)
             sums = jax.device_get(sums)
         self._step += count
-        last = self._step - 1
-        row = training_row(config, self.built, sums, float(self.settings.tau(last)))
-        row["lr"] = float(self.settings.rate(last))
+        row = training_row(config, self.built, sums)
         timing = self._timer.finish({"examples": count * batch_size, "steps": count})
         row["examples_per_s"] = timing["speed/examples_per_second"]
         self._writer.write(self._step, row | timing | peak_memory())

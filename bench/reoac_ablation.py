@@ -23,6 +23,7 @@ from bench.reoac_embedded import THRESHOLDS, Row, evaluate, threshold_row, train
 from common import log
 from common.flags import load_config
 from common.rundir import atomic_write, atomic_write_json
+from common.statistics import mean_interval
 from reoac_jax.data import load_prompts
 from reoac_jax.defaults import finalize
 from reoac_jax.models import load_models
@@ -87,12 +88,19 @@ def measure(name: str, config: ConfigDict, root: Path) -> dict[str, list[float]]
     return found
 
 
+def answered_share(row: Row) -> np.ndarray:
+    """[N] share of the seeds that answer a problem."""
+    answered: np.ndarray = (np.stack(row.rewards) > 0).mean(axis=0)
+    return answered
+
+
 def draw(points: list[dict[str, Any]], curve: list[dict[str, Any]]) -> bytes:
     """Accuracy against backbone passes, PNG: trained rows, and threshold decoding as a line."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(7.0, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -113,6 +121,9 @@ def draw(points: list[dict[str, Any]], curve: list[dict[str, Any]]) -> bytes:
     axes.set(
         xscale="log", xlabel="backbone passes per problem", ylabel="accuracy on held-out problems"
     )
+    axes.xaxis.set_major_locator(FixedLocator([1, 2, 3, 4, 6, 8, 12, 20]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     buffer = io.BytesIO()
@@ -145,11 +156,14 @@ def main() -> None:
     def finished(row: Row, forwards: list[np.ndarray]) -> dict[str, Any]:
         return row.summary(settings.price) | {"forwards": float(np.mean(forwards))}
 
+    full: Row | None = None
+    thresholds: list[Row] = []
     summaries, curve = [], []
     with grader_for(base, models, evaluation=True) as grader:
         for tau in (0.2, *THRESHOLDS, 0.8, 0.95):
             row = threshold_row(models, base, prompts, grader, tau)
             curve.append(finished(row, row.steps))
+            thresholds.append(row)
     for name in options.rows.split(","):
         row, forwards = Row(name), []
         for seed in seeds:
@@ -158,6 +172,15 @@ def main() -> None:
             row.add(found["rewards"], found["costs"], found["steps"])
             forwards.append(found["forwards"])
         summaries.append(finished(row, forwards))
+        full = row if name == "plus" else full
+        if full is not None and row is not full:
+            gain = (row.returns(settings.price) - full.returns(settings.price)).mean(axis=0)
+            summaries[-1]["return_minus_plus"] = mean_interval(gain)
+        if row is full:
+            summaries[-1]["accuracy_minus_threshold"] = {
+                other.name: mean_interval(answered_share(full) - answered_share(other))
+                for other in thresholds
+            }
         s = summaries[-1]
         low, high = s["return_interval"]
         print(

@@ -96,8 +96,13 @@ class Checkpointer:
         )
         try:
             with _quiet():
+                handlers: dict[str, Any] = {
+                    # Weights and moments hardly shrink, and packing them takes most of a save.
+                    "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                    "host": ocp.JsonCheckpointHandler(),
+                }
                 self._manager = ocp.CheckpointManager(
-                    self.directory, item_names=("state", "host"), options=options
+                    self.directory, item_handlers=handlers, options=options
                 )
         except OSError as error:
             raise UserError(

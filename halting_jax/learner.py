@@ -57,6 +57,7 @@ class Sums:
       means: name -> Ratio, over all rows of all steps.
       ponder: distribution of the ponder steps, of the limit halts and of the remainders.
       steps: [] optimiser steps behind these sums.
+      rate, tau: [] learning rate and time penalty of the last step.
       grad_norm: [] gradient norm before clipping, of the last step; nan_count, inf_count: [] int32,
         non-finite entries of that gradient. An entry that is not finite stays in the moments and
         reaches every later gradient, so the last one tells whether there was any.
@@ -65,6 +66,8 @@ class Sums:
     means: dict[str, Ratio]
     ponder: PonderSums
     steps: jax.Array
+    rate: jax.Array
+    tau: jax.Array
     grad_norm: jax.Array
     nan_count: jax.Array
     inf_count: jax.Array
@@ -217,8 +220,9 @@ def make_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """One optimiser step of one shard: (state, its rows, measured=True) -> (state, its sums).
 
-    `measured`, bool [], says whether the gradient's norm and non-finite entries are wanted: without
-    clipping nothing else needs them, and reading large gradients once more costs a tenth of a step.
+    `measured`, bool [], says whether the gradient's norm and non-finite entries, the rate and the
+    time penalty are wanted (else they are 0): without clipping nothing else needs the norm, and
+    reading large gradients once more costs a tenth of a step.
 
     Args:
       layout: where weights, average and moments lie.
@@ -274,6 +278,8 @@ def make_step(
             means=jax.lax.stop_gradient(means),
             ponder=ponder_sums(scored.outputs.ponder, model.max_steps),
             steps=jnp.int32(1),
+            rate=jnp.where(measured, rate, 0.0),
+            tau=jnp.where(measured, tau, 0.0),
             grad_norm=norm,
             nan_count=nan_count,
             inf_count=inf_count,

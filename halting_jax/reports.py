@@ -15,11 +15,12 @@ from halting_jax.source import is_file_task
 from halting_jax.tasks.maze_metrics import finalize as maze_finalize
 
 
-def training_row(config: ConfigDict, built: Built, sums: Sums, tau: float) -> dict[str, float]:
+def training_row(config: ConfigDict, built: Built, sums: Sums) -> dict[str, float]:
     """The logged values of the steps behind some sums."""
     finalize = maze_finalize if is_file_task(config) else _mean_values
     means = dict(sums.means)
     terms = {name: _value(means.pop(name)) for name in ("classification", "ponder")}
+    tau = float(sums.tau)
     charged = config.act.kind == "act" or config.model.type == "universal_transformer"
     added = 0.0 if config.act.disable_ponder_cost or not charged else tau * terms["ponder"]
     losses = {
@@ -37,6 +38,7 @@ def training_row(config: ConfigDict, built: Built, sums: Sums, tau: float) -> di
         tau,
     )
     row["debug/grad_norm"] = float(sums.grad_norm)
+    row["lr"] = float(sums.rate)
     row["mean_inner_steps_executed"] = ponder_report(sums.ponder)["mean_inner_steps_executed"]
     if sums.nan_count or sums.inf_count:
         row["debug/grad_nan_param_count"] = int(sums.nan_count)

@@ -217,8 +217,7 @@ def train(
                     state, sums = run_steps(state, row_ids, sent, count)
                     sums = jax.device_get(sums)
                 step = end
-                row = training_row(config, built, sums, float(settings.tau(step - 1)))
-                row["lr"] = float(settings.rate(step - 1))
+                row = training_row(config, built, sums)
                 if per_epoch:
                     row["epoch"] = step / per_epoch
                 finite = np.isfinite(row["debug/grad_norm"])
