@@ -59,10 +59,15 @@ class Row:
         """[seeds, N] returns; price = lambda / (T * max_cost)."""
         return np.stack(self.rewards) - price * np.stack(self.costs)
 
+    def answered(self) -> np.ndarray:
+        """[N] share of the seeds that answer a problem."""
+        share: np.ndarray = (np.stack(self.rewards) > 0).mean(axis=0)
+        return share
+
     def summary(self, price: float) -> dict[str, Any]:
         """Means and intervals."""
         returns = self.returns(price)
-        accuracy = (np.stack(self.rewards) > 0).mean(axis=0)
+        accuracy = self.answered()
         mean, low, high = mean_interval(returns.mean(axis=0))
         share, share_low, share_high = mean_interval(accuracy)
         if len(self.rewards) == 1:

@@ -97,7 +97,7 @@ class Checkpointer:
         try:
             with _quiet():
                 handlers: dict[str, Any] = {
-                    # Weights and moments hardly shrink, and packing them takes most of a save.
+                    # Packing saves a few percent of the disk and is most of a save's computing.
                     "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                     "host": ocp.JsonCheckpointHandler(),
                 }

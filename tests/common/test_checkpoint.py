@@ -54,6 +54,27 @@ def test_round_trip_keeps_structure_keys_and_host(tmp_path: Path) -> None:
     assert jax.random.bits(restored["key"]) == jax.random.bits(state["key"])
 
 
+def test_packed_checkpoints_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are written unpacked; those written before that are not."""
+    import orbax.checkpoint as ocp
+
+    def packing(use_compression: bool) -> Any:
+        return handler()
+
+    handler, zeros, sizes = ocp.PyTreeCheckpointHandler, {"x": jnp.zeros(100_000)}, []
+    for name in ("packed", "plain"):
+        with monkeypatch.context() as patch:
+            if name == "packed":
+                patch.setattr(ocp, "PyTreeCheckpointHandler", packing)
+            with Checkpointer(tmp_path / name) as checkpointer:
+                checkpointer.save(1, zeros, {})
+        files = (file for file in (tmp_path / name).rglob("*") if file.is_file())
+        sizes.append(sum(file.stat().st_size for file in files))
+        with Checkpointer(tmp_path / name) as checkpointer:
+            assert_same(checkpointer.restore(jax.eval_shape(lambda: zeros))[0], zeros)
+    assert sizes[0] < 100_000 < 400_000 < sizes[1]
+
+
 def test_relative_directory_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Checkpointer("here") as checkpointer:

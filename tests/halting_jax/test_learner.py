@@ -153,6 +153,15 @@ def test_any_number_of_steps_is_one_program_and_the_same_run() -> None:
     jax.tree.map(np.testing.assert_array_equal, cut[0], whole[0])
 
 
+def test_logged_rate_and_penalty_are_those_of_the_last_step() -> None:
+    changes = {"optim__lr": 0.01, "optim__warmup_steps": 10, "optim__schedule": "cosine"}
+    changes |= {"act__time_penalty": 0.1, "act__time_penalty_warmup_steps": 10}
+    built, settings, source = _setting(**changes, act__time_penalty_start=0.0)
+    for (_, _, sums), last in zip(_runner(built, settings, source)(3, 2), (2, 4), strict=True):
+        np.testing.assert_allclose(sums.rate, 0.01 * last / 10, rtol=1e-5)
+        np.testing.assert_allclose(sums.tau, 0.1 * last / 10, rtol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_nonfinite_gradients_are_counted(bad: float, steps: int) -> None:
