@@ -70,6 +70,9 @@ def get_default_config() -> ConfigDict:
     # "" = the model's; e2d2: blockwise | single_block | left_to_right; mdlm, sedd: bidirectional |
     # prompt_cached (approximate: the prompt is read once per episode)
     c.backbone.score_mode = ""
+    # left_to_right: finished blocks are kept in caches and the active block alone is scored; for a
+    # frozen backbone, since the caches pass no gradient
+    c.backbone.block_cache = False
     c.backbone.sample_strategy = "argmax"  # argmax | sample
     c.backbone.temperature = 1.0
     c.backbone.dtype = "float32"  # activations: float32 | bfloat16
@@ -355,6 +358,11 @@ def finalize(config: ConfigDict) -> list[str]:
         raise UserError(f"config key lora.dropout={c.lora.dropout} must lie in [0, 1)")
     if c.finetune_mode == "lora" and c.parallel.fsdp:
         raise UserError("config key parallel.fsdp=True: adapters are small, use finetune_mode=full")
+    if c.backbone.block_cache and (c.algo == "paper" or c.finetune_mode != "none"):
+        raise UserError(
+            "config key backbone.block_cache=True needs algo=plus and finetune_mode=none, not "
+            f"{c.algo} and {c.finetune_mode}"
+        )
     for key in ("backbone.renoise", "rollout.fast_critic", "rollout.fast_operator"):
         if c.algo == "plus" and value_at(c, key):
             raise UserError(f"config key {key}=True is the original's rule: set algo=paper")

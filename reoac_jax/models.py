@@ -51,6 +51,10 @@ def load_models(config: ConfigDict) -> Models:
     b = config.backbone
     network: NetworkConfig | None = None
     if b.name == "simple":
+        if b.block_cache:
+            raise UserError(
+                "config key backbone.block_cache=True: backbone.name=simple has no blocks"
+            )
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or EMBEDDED_DIR)
         special = _special(tokenizer, _mask_id(tokenizer))
         backbone = toy.simple_backbone(len(tokenizer), b.hidden_size, special, b.max_length)
@@ -59,14 +63,18 @@ def load_models(config: ConfigDict) -> Models:
     elif b.model_name_or_path == SCRATCH:
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or EMBEDDED_DIR)
         network = network_config(config, tokenizer)
-        backbone = make_backbone(network)
+        backbone = make_backbone(network, b.block_cache)
         params = jax.jit(backbone.init)(jax.random.key(config.seed))
         provenance = {"weights": "random"}
     else:
         hub = load_backbone(b.model_name_or_path, family=_family(b.name, b.model_name_or_path))
         tokenizer = load_tokenizer(b.tokenizer_name_or_path or hub.directory)
         network = _stored_network(config, hub, tokenizer)
-        backbone, params, provenance = make_backbone(network), hub.params, hub.provenance
+        backbone, params, provenance = (
+            make_backbone(network, b.block_cache),
+            hub.params,
+            hub.provenance,
+        )
     if tokenizer.source:
         provenance = {**provenance, "tokenizer": tokenizer.source}
     if len(tokenizer) > backbone.vocab_size:

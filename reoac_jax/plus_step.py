@@ -18,11 +18,12 @@ from reoac_jax.backbone.base import Backbone, Canvas
 from reoac_jax.losses import mask_logits
 from reoac_jax.networks import heads_apply, normalise
 from reoac_jax.operators import plus_operator_masks
-from reoac_jax.sampling import row_keys, summarise_scores
+from reoac_jax.sampling import ScoreSummary, row_keys, summarise_scores
 from reoac_jax.schedule import pace
 from reoac_jax.settings import NUM_OPERATORS, Agent, RolloutSettings
 from reoac_jax.tables import Tables
 from reoac_jax.types import OPERATORS
+from reoac_jax.unmasking import before_eos
 
 BRANCH = OPERATORS.index("O_BRANCH")
 _TEMPORAL_DELTA = feature_rules.FEATURE_NAMES.index("temporal_delta")
@@ -60,6 +61,7 @@ class Cursor:
       changed: bool [B, G], positions the last decision changed.
       reference: int32 [B, G], the canvas when it was last complete (patience > 0).
       stable: int32 [B], repair rounds in a row that changed nothing.
+      cache: of a backbone that scores block by block, otherwise ().
     """
 
     step: jax.Array
@@ -70,6 +72,7 @@ class Cursor:
     changed: jax.Array
     reference: jax.Array
     stable: jax.Array
+    cache: Any
 
 
 class Observation(NamedTuple):
@@ -83,6 +86,7 @@ class Observation(NamedTuple):
       write, remask: bool [B, A, G], positions of each operator; valid: bool [B, A].
       attention, relation: [B, P, G] float32.
       operator_keys: [B] typed keys for drawing the operator.
+      cache: the cursor's cache with what this pass added.
     """
 
     sampled: jax.Array
@@ -97,6 +101,74 @@ class Observation(NamedTuple):
     attention: jax.Array
     relation: jax.Array
     operator_keys: jax.Array
+    cache: Any
+
+
+class _Look(NamedTuple):
+    """One forward pass at every canvas position, scored or not.
+
+    Attributes:
+      summary: of the scores, [B, G].
+      pooled_canvas, pooled_prompt: [B, D] float32.
+      editable: bool [B, G], or None = all.
+      cache: see `Cursor`.
+    """
+
+    summary: ScoreSummary
+    pooled_canvas: jax.Array
+    pooled_prompt: jax.Array
+    editable: jax.Array | None
+    cache: Any
+
+
+def _look(
+    backbone: Backbone,
+    settings: RolloutSettings,
+    ground: Ground,
+    cursor: Cursor,
+    t: jax.Array,
+    keys: jax.Array,
+) -> _Look:
+    """Runs the backbone at noise level t [B]; keys [B] draw tokens.
+
+    Positions that a blockwise backbone did not score have no prediction (the mask), no confidence
+    and, where they are masked, full entropy. If the last step has to complete them all the same
+    they end the answer.
+    """
+
+    def summarise(hidden: jax.Array) -> ScoreSummary:
+        return summarise_scores(
+            backbone.head(ground.params, hidden),
+            keys=keys if settings.sample_strategy == "sample" else None,
+            temperature=settings.temperature,
+            suppress_id=backbone.suppress_id,
+            classes=ground.classes,
+        )
+
+    canvas, gen_len = ground.canvas, ground.canvas.gen_len
+    if backbone.blocks is None:
+        scores = backbone.score(ground.params, ground.context, canvas, cursor.gen_ids, t)
+        return _Look(
+            summarise(scores.hidden),
+            scores.pooled_canvas,
+            scores.pooled_prompt,
+            scores.editable,
+            cursor.cache,
+        )
+    block, cache = backbone.blocks.score(ground.context, cursor.cache, canvas, cursor.gen_ids)
+    of_block = summarise(block.hidden)
+    editable = block.spread(jnp.ones(block.places.shape, bool), gen_len, False)
+    entropy = block.spread(of_block.entropy, gen_len, 1.0)
+    unknown = (cursor.gen_ids == backbone.mask_id) | editable
+    summary = ScoreSummary(
+        best=block.spread(of_block.best, gen_len, backbone.mask_id),
+        confidence=block.spread(of_block.confidence, gen_len, 0.0),
+        entropy=jnp.where(unknown, entropy, 0.0),
+        log_norm=block.spread(of_block.log_norm, gen_len, 0.0),
+        class_mass=block.spread(of_block.class_mass, gen_len, 0.0),
+        sampled=block.spread(of_block.sampled, gen_len, backbone.eos_id),
+    )
+    return _Look(summary, block.pooled_canvas, block.pooled_prompt, editable, cache)
 
 
 def make_ground(
@@ -106,17 +178,27 @@ def make_ground(
     params: Params,
     agent: Agent,
     canvas: Canvas,
-) -> Ground:
-    """Computes what stays fixed: the backbone's context and the facts about the prompts."""
+) -> tuple[Ground, Any]:
+    """What stays fixed (the backbone's context, the facts about the prompts), and the first cache.
+
+    The cache is () unless the backbone scores block by block.
+    """
     facts = relation_rules.prompt_facts(
         tables, canvas.prompt_ids, canvas.prompt_len, path=settings.path, numbers=settings.numbers
     )
     classes = jnp.stack([tables.has_digit, tables.op_char], axis=1)[: backbone.vocab_size]
-    return Ground(params, agent, tables, canvas, backbone.begin(params, canvas), facts, classes)
+    cache: Any = ()
+    if backbone.blocks is None:
+        context = backbone.begin(params, canvas)
+    else:
+        context, cache = backbone.blocks.begin(params, canvas)
+    return Ground(params, agent, tables, canvas, context, facts, classes), cache
 
 
-def first_cursor(backbone: Backbone, settings: RolloutSettings, canvas: Canvas) -> Cursor:
-    """Canvases before any decision."""
+def first_cursor(
+    backbone: Backbone, settings: RolloutSettings, canvas: Canvas, cache: Any
+) -> Cursor:
+    """Canvases before any decision, and the first cache of `make_ground`."""
     batch, gen_len = canvas.tokens.shape[0], canvas.gen_len
     no_relation = jnp.zeros((batch, canvas.prompt_width, gen_len))
     return Cursor(
@@ -128,14 +210,8 @@ def first_cursor(backbone: Backbone, settings: RolloutSettings, canvas: Canvas) 
         changed=jnp.zeros((batch, gen_len), bool),
         reference=jnp.full((batch, gen_len), backbone.mask_id, jnp.int32),
         stable=jnp.full(batch, -1, jnp.int32),
+        cache=cache,
     )
-
-
-def before_eos(gen_ids: jax.Array, eos_id: int) -> jax.Array:
-    """bool [B, G]: positions up to and including the first written eos (all when there is none)."""
-    is_eos = gen_ids == eos_id
-    earlier = jnp.cumsum(is_eos, axis=1) - is_eos
-    return earlier == 0
 
 
 def _needed(gen_ids: jax.Array, backbone: Backbone, settings: RolloutSettings) -> jax.Array:
@@ -166,16 +242,8 @@ def observe(
     remaining = jnp.sum(masked, axis=1)
     keys = jax.vmap(lambda k: jax.random.split(k, 2))(row_keys(key, step, canvas.row_id))
 
-    scores = backbone.score(
-        ground.params, ground.context, canvas, gen_ids, remaining / canvas.gen_len
-    )
-    summary = summarise_scores(
-        backbone.head(ground.params, scores.hidden),
-        keys=keys[:, 0] if settings.sample_strategy == "sample" else None,
-        temperature=settings.temperature,
-        suppress_id=backbone.suppress_id,
-        classes=ground.classes,
-    )
+    looked = _look(backbone, settings, ground, cursor, remaining / canvas.gen_len, keys[:, 0])
+    summary = looked.summary
     shown = jnp.where(is_mask, summary.best, gen_ids) if settings.tentative else gen_ids
     base, aux = feature_rules.base_features(
         ground.tables,
@@ -200,11 +268,11 @@ def observe(
         progress = jnp.zeros_like(progress)
     parts = [base, progress]
     if settings.use_hidden:
-        parts.append(feature_rules.normalised_pools(scores.pooled_canvas, scores.pooled_prompt))
+        parts.append(feature_rules.normalised_pools(looked.pooled_canvas, looked.pooled_prompt))
     features = jnp.concatenate(parts, axis=1)  # [B, F]
     seen = normalise(ground.agent.stats, features)
 
-    touchable = needed if scores.editable is None else needed & scores.editable
+    touchable = needed if looked.editable is None else needed & looked.editable
     write, remask, valid = plus_operator_masks(
         ground.tables,
         jnp.where(is_mask, summary.best, gen_ids),
@@ -235,6 +303,7 @@ def observe(
         attention=aux.attention,
         relation=aux.relation,
         operator_keys=keys[:, 1],
+        cache=looked.cache,
     )
 
 
@@ -308,4 +377,5 @@ def execute(
         changed=jnp.where(row, after != cursor.gen_ids, cursor.changed),
         reference=jnp.where(row & complete[:, None], after, cursor.reference),
         stable=jnp.where(active, stable, cursor.stable),
+        cache=seen.cache,
     ), write

@@ -237,7 +237,7 @@ def pretrain(
     else:
         tokenizer = load_tokenizer(source)
         network = network_config(config, tokenizer)
-    backbone = make_backbone(network)
+    backbone = make_backbone(network, config.backbone.block_cache)
     width, gen_len = config.backbone.max_length, config.rollout.gen_len
     stages = stages_of(config)
     total = stages[-1].last

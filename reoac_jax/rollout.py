@@ -66,7 +66,7 @@ def rollout_plus(
       Episodes with T = settings.max_steps recorded decisions per row.
     """
     horizon = settings.max_steps
-    ground = make_ground(backbone, settings, tables, params, agent, canvas)
+    ground, cache = make_ground(backbone, settings, tables, params, agent, canvas)
     costs = operator_costs(settings.operators)
 
     def body(carry: _Carry) -> _Carry:
@@ -122,7 +122,7 @@ def rollout_plus(
         )
 
     initial = _Carry(
-        cursor=first_cursor(backbone, settings, canvas),
+        cursor=first_cursor(backbone, settings, canvas, cache),
         cost=jnp.zeros(canvas.tokens.shape[0]),
         forwards=jnp.zeros(canvas.tokens.shape[0], jnp.int32),
         steps=_blank_steps(

@@ -1,5 +1,7 @@
 """Networks that config.model describes, and any network behind the forward contract."""
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from common.errors import UserError
@@ -7,14 +9,32 @@ from reoac_jax.backbone.base import Backbone, e2d2_backbone
 from reoac_jax.backbone.dit import DiTConfig
 from reoac_jax.backbone.dit_backbone import dit_backbone
 from reoac_jax.backbone.e2d2 import E2D2Config
+from reoac_jax.backbone.e2d2_blocks import block_scoring
 from reoac_jax.tokenizer import Tokenizer
 
 NetworkConfig = E2D2Config | DiTConfig
 
 
-def make_backbone(network: NetworkConfig) -> Backbone:
-    """The network behind the forward contract."""
-    return dit_backbone(network) if isinstance(network, DiTConfig) else e2d2_backbone(network)
+def make_backbone(network: NetworkConfig, block_cache: bool = False) -> Backbone:
+    """The network behind the forward contract.
+
+    Args:
+      block_cache: rollouts and samplers score the active block alone (`e2d2_blocks`).
+
+    Raises:
+      UserError: block_cache needs an E2D2 that writes block after block.
+    """
+    if block_cache and (isinstance(network, DiTConfig) or network.score_mode != "left_to_right"):
+        raise UserError(
+            "config key backbone.block_cache=True needs an E2D2 with "
+            f"backbone.score_mode=left_to_right, not {network.score_mode}"
+        )
+    if isinstance(network, DiTConfig):
+        return dit_backbone(network)
+    backbone = e2d2_backbone(network)
+    if block_cache:
+        backbone = dataclasses.replace(backbone, blocks=block_scoring(network))
+    return backbone
 
 
 def network_config(config: ConfigDict, tokenizer: Tokenizer) -> NetworkConfig:

@@ -39,3 +39,10 @@ def unmask(
     if threshold is not None:
         write |= confidence >= threshold
     return candidates & write
+
+
+def before_eos(gen_ids: jax.Array, eos_id: int) -> jax.Array:
+    """bool [B, G]: positions up to and including the first written eos (all when there is none)."""
+    is_eos = gen_ids == eos_id
+    earlier = jnp.cumsum(is_eos, axis=1) - is_eos
+    return earlier == 0

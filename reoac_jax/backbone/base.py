@@ -97,6 +97,43 @@ class Scores(NamedTuple):
     editable: jax.Array | None = None
 
 
+class BlockScores(NamedTuple):
+    """One forward pass over each row's active block alone.
+
+    Attributes:
+      hidden: [B, S, D] states that `Backbone.head` turns into logits.
+      places: [B, S] int32 canvas places of the block; G = not a place of the canvas (the prompt's
+        tail in the first block, nothing behind the canvas in the last).
+      pooled_prompt: [B, D] float32 mean of the prompt's encoder states.
+      pooled_canvas: [B, D] float32 mean of the block's states.
+    """
+
+    hidden: jax.Array
+    places: jax.Array
+    pooled_prompt: jax.Array
+    pooled_canvas: jax.Array
+
+    def spread(self, values: jax.Array, gen_len: int, fill: Any) -> jax.Array:
+        """values [B, S, ...] at their canvas places: [B, G, ...], `fill` everywhere else."""
+        batch = values.shape[0]
+        blank = jnp.full((batch, gen_len, *values.shape[2:]), fill, values.dtype)
+        return blank.at[jnp.arange(batch)[:, None], self.places].set(values, mode="drop")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockScoring:
+    """How a block-causal backbone is asked when finished blocks are kept in caches.
+
+    Attributes:
+      begin: (params, canvas) -> (context fixed during an episode, cache of the prompt).
+      score: (context, cache, canvas, gen_ids [B, G]) -> (BlockScores, cache). The cache takes in
+        the block that was finished since it was made; its arrays have the rows in front.
+    """
+
+    begin: Callable[[Params, Canvas], tuple[Any, Any]]
+    score: Callable[[Any, Any, Canvas, jax.Array], tuple[BlockScores, Any]]
+
+
 class ScoreFn(Protocol):
     """score(params, context, canvas, gen_ids [B,G], t [B]) -> Scores."""
 
@@ -141,6 +178,8 @@ class Backbone:
         whose recorded traces use plain logits.
       finetuning: which parameters train.
       score_mode: how positions see each other; goes into every run record.
+      blocks: for rollouts and samplers that need the active block alone, or None. `begin` and
+        `score` work all the same: they recompute everything, and can be differentiated.
     """
 
     family: str
@@ -160,6 +199,7 @@ class Backbone:
     head_params: Callable[[Params], Params] = lambda params: params
     suppress_mask: bool = True
     finetuning: Finetuning = Finetuning()
+    blocks: BlockScoring | None = None
 
     @property
     def suppress_id(self) -> int:

@@ -208,7 +208,16 @@ def empty_caches(cfg: E2D2Config, batch: int, capacity: int) -> Caches:
 
 
 def _write(cache: LayerCache, new: LayerCache, start: jax.Array | int) -> LayerCache:
-    """Puts T tokens into a cache at column `start`, the same for every row."""
+    """Puts T tokens into a cache at column `start`, one for all rows or one per row [B]."""
+    if jnp.ndim(start):
+
+        def row(cache: LayerCache, new: LayerCache, start: jax.Array) -> LayerCache:
+            return LayerCache(
+                jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, axis=1),
+            )
+
+        return jax.vmap(row)(cache, new, jnp.asarray(start))
     key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, axis=3)
     return LayerCache(key, jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, 2))
 
@@ -231,12 +240,29 @@ def commit(
         ids: [B, T] int32 finished tokens.
         positions: [B, T] int32.
         caches: Extended in columns start .. start + T - 1.
-        start: Column.
+        start: Column, or one per row [B].
         own_mask: bool, broadcastable to [B, T, T], or None = all-to-all.
         context_mask: bool [B, C] filled columns, or None = there is no context yet.
 
     Returns:
         The extended caches.
+    """
+    return commit_states(weights, cfg, ids, positions, caches, start, own_mask, context_mask)[0]
+
+
+def commit_states(
+    weights: DecodeWeights,
+    cfg: E2D2Config,
+    ids: jax.Array,
+    positions: jax.Array,
+    caches: Caches,
+    start: jax.Array | int,
+    own_mask: jax.Array | None,
+    context_mask: jax.Array | None,
+) -> tuple[Caches, jax.Array]:
+    """`commit`, and the encoder's states [B, T, D] behind its final norm.
+
+    With shared keys and values those are the states of the last layer that is read.
     """
     x, rope = weights.embedding[ids], rope_of(cfg, positions)
     new = []
@@ -249,12 +275,12 @@ def commit(
     x, new = jax.lax.optimization_barrier((x, new))
     encoder = [_write(cache, own, start) for cache, own in zip(caches.encoder, new, strict=True)]
     decoder = []
+    hidden = layers.rms_norm(x, weights.encoder_norm, cfg.rms_eps)
     if caches.decoder:
-        hidden = layers.rms_norm(x, weights.encoder_norm, cfg.rms_eps)
         for layer, cache in zip(weights.decoder, caches.decoder, strict=True):
             u = layers.rms_norm(hidden, layer.norm_attn, cfg.rms_eps)
             decoder.append(_write(cache, _key_value(layer, cfg, u, rope), start))
-    return Caches(tuple(encoder), tuple(decoder))
+    return Caches(tuple(encoder), tuple(decoder)), hidden
 
 
 def denoise_hidden(
@@ -264,6 +290,7 @@ def denoise_hidden(
     rope: Rope,
     caches: Caches,
     context_mask: jax.Array,
+    own_mask: jax.Array | None = None,
 ) -> jax.Array:
     """Decoder states of one block given its context, ready for `head_logits`.
 
@@ -274,6 +301,7 @@ def denoise_hidden(
         rope: Angles of their positions.
         caches: The context.
         context_mask: bool [B, C] filled columns.
+        own_mask: bool, broadcastable to [B, S, S], or None = everything.
 
     Returns:
         [B, S, D].
@@ -281,7 +309,7 @@ def denoise_hidden(
     context = tuple(caches.encoder[i] for i in cfg.kv_layers) if cfg.share_kv else caches.decoder
     x = weights.embedding[ids]
     for layer, cache in zip(weights.decoder, context, strict=True):
-        x, _ = _layer(layer, cfg, x, rope, None, cache, context_mask)
+        x, _ = _layer(layer, cfg, x, rope, own_mask, cache, context_mask)
     return layers.rms_norm(x, weights.decoder_norm, cfg.rms_eps)
 
 

@@ -171,7 +171,7 @@ def _generate(
     caches = empty_caches(cfg, batch, capacity)
     if encoded:
         positions = jnp.broadcast_to(jnp.arange(encoded, dtype=jnp.int32), (batch, encoded))
-        mask = _prompt_mask(cfg, positions, off)
+        mask = prompt_mask(cfg, positions, off)
         ids = prompt[:, :encoded]
         caches = commit(weights, cfg, ids, positions, caches, 0, mask, None)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_id)
@@ -244,7 +244,7 @@ def _generate(
     )
 
 
-def _prompt_mask(cfg: E2D2Config, positions: jax.Array, off: jax.Array) -> jax.Array:
+def prompt_mask(cfg: E2D2Config, positions: jax.Array, off: jax.Array) -> jax.Array:
     """Which prompt keys a prompt query sees, bool [B, P, P]."""
     real = (positions < off[:, None])[:, None, :]  # [B, 1, P]
     query, key = positions[:, :, None], positions[:, None, :]

@@ -10,11 +10,11 @@ import pytest
 
 from reoac_jax.backbone.base import Canvas
 from reoac_jax.episodes import Episodes
-from reoac_jax.plus_step import before_eos
 from reoac_jax.rollout import rollout_plus
 from reoac_jax.rollout_paper import rollout_paper
 from reoac_jax.settings import Agent, RolloutSettings
 from reoac_jax.types import OPERATORS
+from reoac_jax.unmasking import before_eos
 from tests.reoac_jax.plain_rollout import KEY, double, plain_episode
 from tests.reoac_jax.toy_setting import (
     GEN,
