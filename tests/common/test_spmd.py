@@ -129,6 +129,32 @@ for name, (other, other_state, other_metrics) in runs.items():
     jax.tree.map(same, state.backbone_opt, other_state.backbone_opt)
 """
 
+CACHED = """
+import jax, numpy as np
+from common.dist import make_mesh, shard_batch
+from reoac_jax.engine import compile_rollout
+from reoac_jax.scratch import make_backbone
+from tests.reoac_jax import test_e2d2_blocks as cases
+from tests.reoac_jax import toy_setting as toy
+
+backbone = make_backbone(cases.SHARED, block_cache=True)
+params, tables = cases.lively(backbone), toy.toy_tables()
+settings = toy.toy_settings(max_steps=8, gen_len=cases.GEN, branching=True, branch_k=2)
+agent = toy.toy_agent(settings, backbone, "plus")
+canvas = jax.device_get(cases.canvas_of([1, 5, 8, 3, 4, 2, 7, 6]))
+runs = {}
+for devices, mode in ((1, "jit"), (4, "jit"), (4, "pmap")):
+    mesh = make_mesh(devices)
+    rollout = compile_rollout(backbone, settings, tables, "plus", mesh, mode)
+    episodes = rollout(params, agent, shard_batch(mesh, canvas), jax.random.key(0))
+    runs[devices, mode] = jax.device_get((episodes.final_ids, episodes.cost, episodes.num_forwards))
+first = runs[1, "jit"]
+assert len(set(first[2].tolist())) > 1
+for name, other in runs.items():
+    for a, b in zip(first, other, strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(name))
+"""
+
 
 def run_on_four(program: str, *arguments: str) -> None:
     # Compiling takes nearly all of the time, and speed of the result does not matter here.
@@ -153,6 +179,12 @@ def test_devices_and_modes_agree_on_primitives() -> None:
 @pytest.mark.parametrize("algo", ["plus", "paper"])
 def test_devices_and_modes_agree_on_the_method(algo: str) -> None:
     run_on_four(METHOD, algo)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_devices_and_modes_agree_on_cached_blocks() -> None:
+    run_on_four(CACHED)
 
 
 @pytest.mark.parametrize("mode", MODES)
