@@ -45,7 +45,10 @@ def bare_steps(training: Training, averaged: bool = False) -> Callable[[], Any]:
     def run(state: Any, batch: Batch, count: jax.Array) -> Any:
         def step(_: jax.Array, state: Any) -> Any:
             params, average, opt_state = state
-            grads = jax.grad(loss)(params, batch)
+            # Without the barrier the compiler would lift what depends on the batch alone out of
+            # the loop: every step has to encode its inputs.
+            own, params = jax.lax.optimization_barrier((batch, params))
+            grads = jax.grad(loss)(params, own)
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates))
             if averaged:
