@@ -27,6 +27,7 @@ from tqdm import tqdm
 from bench import machine
 from common import dist, log
 from common.answers.harness import harness_scores
+from common.errors import UserError
 from common.flags import load_config
 from common.rundir import atomic_write_json
 from common.statistics import wilson_interval
@@ -125,6 +126,18 @@ def main() -> None:
     parser.add_argument("--json", default="")
     options = parser.parse_args()
     log.quiet_libraries()
+    try:
+        run(options)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures every row, prints it and writes the file.
+
+    Raises:
+      UserError: data, model or policy are missing or do not fit each other.
+    """
     config = load_config(options.config)
     config.backbone.model_name_or_path = options.model
     # The policy was trained on these files too; only the held-out ones are read here.
