@@ -121,7 +121,7 @@ def test_the_plain_sampler_writes_what_block_decoding_writes(network: E2D2Config
         np.testing.assert_array_equal(done.gen_ids[row, :keep], expected.tokens[row, :keep])
 
 
-@pytest.mark.parametrize("branching", [False, True])
+@pytest.mark.parametrize("branching", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_rollout_is_that_of_recomputing_everything(branching: bool) -> None:
     """Aligned prompts and no look at other blocks: the same decisions, canvases and costs."""
     cached, plain = make_backbone(SHARED, block_cache=True), make_backbone(SHARED)
