@@ -21,6 +21,7 @@ from common.rundir import RunDir, atomic_write_json
 from common.signals import StopRequest
 from halting_jax import log_names
 from halting_jax.build import Built, build, parameter_count, time_penalty_target
+from halting_jax.datasets.maze_tokens import VOCAB_SIZE
 from halting_jax.evaluate import Evaluator, SetResult
 from halting_jax.learner import (
     OptimSettings,
@@ -40,6 +41,9 @@ from halting_jax.tasks import maze_metrics
 def make_source(config: ConfigDict, workdir: Path) -> tuple[Source, Built]:
     """The data of a run and the task and model that fit it."""
     if is_file_task(config):
+        if config.data.dir == "generated" and config.task.name == "maze":
+            # Generating takes minutes: a model that cannot be built is refused before.
+            build(config, config.data.side**2, VOCAB_SIZE)
         source = file_source(config, data_directory(config, workdir))
         facts = source.facts
         return source, build(config, facts["seq_len"], facts["vocab_size"])
