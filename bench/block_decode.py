@@ -9,7 +9,8 @@ writes a fixed number of tokens per step, as a threshold does on average.
 
 Groups
   mdlm    169.6 M parameters: no cache, prefix cache, dual cache; one and several tokens per step.
-  e2d2    180.2 M parameters: recomputing everything beside the exact caches.
+  e2d2    180.2 M parameters: recomputing everything beside the exact caches; "block cache" is what
+          rollouts and samplers do with backbone.block_cache (the copy of the weights counts).
   batch   e2d2 with caches, rows per batch: tokens/s beside batch 1.
 """
 
@@ -33,6 +34,7 @@ from reoac_jax.backbone import dit, e2d2
 from reoac_jax.backbone.base import Canvas, e2d2_backbone
 from reoac_jax.backbone.denoising import DecodeSettings
 from reoac_jax.backbone.dit_decode import BlockSettings, decode_blocks
+from reoac_jax.backbone.e2d2_blocks import block_scoring
 from reoac_jax.backbone.e2d2_cache import decode_weights
 from reoac_jax.backbone.e2d2_decode import generate
 from reoac_jax.samplers import confidence_decode
@@ -217,6 +219,10 @@ def e2d2_speeds(sizes: Sizes, repeats: int) -> list[Speed]:
     plain = counter.jit(functools.partial(confidence_decode, backbone, num_steps=sizes.gen_len))
     name, passes = "one token per pass", {"one token per pass": f"{sizes.gen_len} full"}
     things: dict[str, Callable[[], Any]] = {name: lambda: plain(params, canvas)}
+    cached = dataclasses.replace(backbone, blocks=block_scoring(cfg))
+    sampler = counter.jit(functools.partial(confidence_decode, cached, num_steps=sizes.gen_len))
+    title = "one token per pass, block cache"
+    passes[title], things[title] = f"{sizes.gen_len} of a block", lambda: sampler(params, canvas)
     steps = -(-sizes.e2d2_block // 2)
     for title, num_steps in (("exact caches", 0), ("exact caches, 2 tokens per step", steps)):
         run = _e2d2_cached(counter, cfg, sizes, num_steps)

@@ -185,7 +185,10 @@ def run(options: argparse.Namespace) -> None:
             )
             if options.json:
                 report = {
-                    "command": "python -m bench.reoac_gsm8k --config " + options.config,
+                    "command": (
+                        f"python -m bench.reoac_gsm8k --config {options.config} --steps "
+                        f"{options.steps} --thresholds {options.thresholds}"
+                    ),
                     "batch": options.batch,
                     "gen_len": config.rollout.gen_len,
                     "machine": machine(),
