@@ -19,7 +19,6 @@ from reoac_jax.backbone.e2d2_cache import (
     Caches,
     DecodeWeights,
     commit,
-    commit_states,
     decode_weights,
     denoise_hidden,
     empty_caches,
@@ -56,7 +55,7 @@ def block_scoring(cfg: E2D2Config) -> BlockScoring:
         pooled = jnp.zeros((batch, cfg.hidden_size))
         if encoded:
             positions = jnp.broadcast_to(jnp.arange(encoded, dtype=jnp.int32), (batch, encoded))
-            caches, hidden = commit_states(
+            caches, hidden = commit(
                 weights,
                 cfg,
                 canvas.prompt_ids[:, :encoded],
@@ -96,7 +95,7 @@ def block_scoring(cfg: E2D2Config) -> BlockScoring:
                 cache.filled,
                 own_mask,
                 column < cache.filled[:, None],
-            )
+            )[0]
 
         # A loop of at most one round: unlike a conditional it extends the caches in place.
         rounds = jnp.any(finished).astype(jnp.int32)

@@ -231,7 +231,7 @@ def commit(
     start: jax.Array | int,
     own_mask: jax.Array | None,
     context_mask: jax.Array | None,
-) -> Caches:
+) -> tuple[Caches, jax.Array]:
     """Encodes finished tokens and appends what later blocks need of them.
 
     Args:
@@ -245,24 +245,8 @@ def commit(
         context_mask: bool [B, C] filled columns, or None = there is no context yet.
 
     Returns:
-        The extended caches.
-    """
-    return commit_states(weights, cfg, ids, positions, caches, start, own_mask, context_mask)[0]
-
-
-def commit_states(
-    weights: DecodeWeights,
-    cfg: E2D2Config,
-    ids: jax.Array,
-    positions: jax.Array,
-    caches: Caches,
-    start: jax.Array | int,
-    own_mask: jax.Array | None,
-    context_mask: jax.Array | None,
-) -> tuple[Caches, jax.Array]:
-    """`commit`, and the encoder's states [B, T, D] behind its final norm.
-
-    With shared keys and values those are the states of the last layer that is read.
+        The extended caches, and the encoder's states [B, T, D] behind its final norm; with shared
+        keys and values those of the last layer that is read.
     """
     x, rope = weights.embedding[ids], rope_of(cfg, positions)
     new = []

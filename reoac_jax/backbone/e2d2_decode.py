@@ -173,7 +173,7 @@ def _generate(
         positions = jnp.broadcast_to(jnp.arange(encoded, dtype=jnp.int32), (batch, encoded))
         mask = prompt_mask(cfg, positions, off)
         ids = prompt[:, :encoded]
-        caches = commit(weights, cfg, ids, positions, caches, 0, mask, None)
+        caches, _ = commit(weights, cfg, ids, positions, caches, 0, mask, None)
     row_keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(row_id)
     own_mask = None
     if cfg.encoder_causal:
@@ -203,7 +203,7 @@ def _generate(
             jnp.asarray(more, jnp.int32),
             lambda _, c: commit(
                 weights, cfg, inner.ids, positions, c, encoded + start, own_mask, mask
-            ),
+            )[0],
             state.caches,
         )
         return _State(

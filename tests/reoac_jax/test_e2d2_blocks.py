@@ -19,30 +19,19 @@ from reoac_jax.samplers import confidence_decode
 from reoac_jax.scratch import make_backbone
 from tests.reoac_jax.toy_setting import (
     SPECIAL,
-    VOCAB,
+    tiny_network,
     toy_agent,
     toy_settings,
     toy_tables,
 )
 
 WIDTH, GEN, SIZE = 8, 12, 4
-NETWORK = E2D2Config(
-    vocab_size=VOCAB,
-    mask_id=SPECIAL.mask_id,
-    pad_id=SPECIAL.pad_id,
-    bos_id=SPECIAL.bos_id,
-    eos_id=SPECIAL.eos_id,
-    hidden_size=16,
-    intermediate_size=24,
+NETWORK = dataclasses.replace(
+    tiny_network("left_to_right"),
     num_encoder_layers=3,
     num_decoder_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=8,
-    block_size=SIZE,
+    kv_layers=(),
     length=WIDTH + GEN,
-    rope_theta=100.0,
-    score_mode="left_to_right",
 )
 SHARED = dataclasses.replace(
     NETWORK, share_kv=True, tie_encoder_decoder=True, kv_layers=(1, 2), qk_norm=False

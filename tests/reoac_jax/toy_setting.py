@@ -68,29 +68,32 @@ def toy_params(backbone: Backbone, seed: int = 0, eos_bias: float = 0.0) -> Para
     return params
 
 
-def tiny_e2d2(score_mode: str = "single_block") -> Backbone:
+def tiny_network(score_mode: str = "single_block") -> E2D2Config:
     """One encoder and one decoder layer of width 16."""
-    return e2d2_backbone(
-        E2D2Config(
-            vocab_size=VOCAB,
-            mask_id=SPECIAL.mask_id,
-            pad_id=SPECIAL.pad_id,
-            bos_id=SPECIAL.bos_id,
-            eos_id=SPECIAL.eos_id,
-            hidden_size=16,
-            intermediate_size=24,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=8,
-            block_size=4,
-            length=PROMPT + GEN,
-            rope_theta=100.0,
-            kv_layers=(0,),
-            score_mode=score_mode,
-        )
+    return E2D2Config(
+        vocab_size=VOCAB,
+        mask_id=SPECIAL.mask_id,
+        pad_id=SPECIAL.pad_id,
+        bos_id=SPECIAL.bos_id,
+        eos_id=SPECIAL.eos_id,
+        hidden_size=16,
+        intermediate_size=24,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        block_size=4,
+        length=PROMPT + GEN,
+        rope_theta=100.0,
+        kv_layers=(0,),
+        score_mode=score_mode,
     )
+
+
+def tiny_e2d2(score_mode: str = "single_block") -> Backbone:
+    """`tiny_network` behind the forward contract."""
+    return e2d2_backbone(tiny_network(score_mode))
 
 
 def toy_canvas(rows: list[int], padding: int = SPECIAL.pad_id, gen_len: int = GEN) -> Canvas:
