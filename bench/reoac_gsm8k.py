@@ -82,12 +82,33 @@ def policy(config: ConfigDict, models: Models, checkpoint: str) -> Decoder:
 
 
 def measure(
-    name: str, decode: Decoder, models: Models, prompts: PromptSet, size: int, path: Path
-) -> dict[str, list[Any]]:
-    """{"ids", "forwards"} per problem and {"seconds"} per batch; goes on where `path` ends."""
-    found: dict[str, list[Any]] = {"ids": [], "forwards": [], "seconds": []}
+    name: str,
+    decode: Decoder,
+    models: Models,
+    prompts: PromptSet,
+    size: int,
+    path: Path,
+    of: dict[str, Any],
+) -> dict[str, Any]:
+    """{"ids", "forwards"} per problem and {"seconds"} per batch; goes on where `path` ends.
+
+    Args:
+      size: problems per batch.
+      path: what was measured before, and is added to.
+      of: what is measured; a file of anything else is refused.
+
+    Raises:
+      UserError: the file is of another model, policy, data set, config or batch size.
+    """
+    found: dict[str, Any] = {"of": of, "ids": [], "forwards": [], "seconds": []}
     if path.is_file():
         found = json.loads(path.read_text())
+        other = [key for key in of if found.get("of", {}).get(key) != of[key]]
+        if other:
+            raise UserError(
+                f"{path} was measured with another {other[0]} "
+                f"({found.get('of', {}).get(other[0])!r}, not {of[other[0]]!r}): set another --root"
+            )
     total, started = len(prompts), len(found["ids"])
     with tqdm(total=total, initial=started, desc=name, unit="problem") as bar:
         for start in range(started, total, size):
@@ -125,6 +146,11 @@ def main() -> None:
     parser.add_argument("--root", default="runs/bench_gsm8k")
     parser.add_argument("--json", default="")
     options = parser.parse_args()
+    for name, kind in (("steps", int), ("thresholds", float)):
+        try:
+            [kind(word) for word in getattr(options, name).split(",") if word]
+        except ValueError as error:
+            parser.error(f"--{name}: {error}")
     log.quiet_libraries()
     try:
         run(options)
@@ -157,11 +183,21 @@ def run(options: argparse.Namespace) -> None:
     root = Path(options.root)
     root.mkdir(parents=True, exist_ok=True)
     golds = list(prompts.golds)
+    of = {
+        "config": options.config,
+        "model": str(Path(options.model).resolve()),
+        "data": str(Path(options.data).resolve()),
+        "problems": len(golds),
+        "batch": options.batch,
+    }
     table = []
     with grader_for(config, models, evaluation=True) as grader:
         for name, make in rows.items():
             path = root / (name.replace(" ", "_").replace(",", "") + ".json")
-            found = measure(name, make(), models, prompts, options.batch, path)
+            own = of
+            if name == "policy":
+                own = of | {"policy": str(Path(options.policy).resolve())}
+            found = measure(name, make(), models, prompts, options.batch, path, own)
             graded = grader.submit(np.asarray(found["ids"], np.int32), golds).result()
             correct = int((graded.rewards > 0).sum())
             table.append(

@@ -56,7 +56,7 @@ def test_every_row_is_measured_and_a_finished_batch_is_kept(tmp_path: Path) -> N
     config.write_text(CONFIG.format(model=str(model), data=str(data)))
     root = Path(__file__).resolve().parents[2]
 
-    def run(*arguments: str) -> str:
+    def run(*arguments: str, status: int = 0) -> str:
         done = subprocess.run(
             [sys.executable, "-m", *arguments],
             cwd=root,
@@ -64,8 +64,8 @@ def test_every_row_is_measured_and_a_finished_batch_is_kept(tmp_path: Path) -> N
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stderr
 
     policy = tmp_path / "policy"
     run("reoac_jax.main", f"--config={config}", f"--workdir={policy}")
@@ -86,8 +86,16 @@ def test_every_row_is_measured_and_a_finished_batch_is_kept(tmp_path: Path) -> N
     found = json.loads(kept.read_text())
     assert len(found["ids"]) == 7 and len(found["seconds"]) == 2
     # As if it had been stopped after one batch: the rest comes out the same.
-    cut = {"ids": found["ids"][:4], "forwards": found["forwards"][:4], "seconds": [1.0]}
+    cut = found | {
+        "ids": found["ids"][:4],
+        "forwards": found["forwards"][:4],
+        "seconds": [1.0],
+    }
     kept.write_text(json.dumps(cut))
     run(*command)
     again = json.loads(kept.read_text())
     assert again["ids"] == found["ids"] and again["seconds"][0] == 1.0
+    # What another model or batch size left there is no result of this one.
+    refused = run(*command, "--batch", "2", status=2)
+    assert "another batch (4, not 2): set another --root" in refused
+    assert json.loads(kept.read_text()) == again
