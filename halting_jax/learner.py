@@ -168,47 +168,54 @@ def global_loss(scored: Scored) -> tuple[jax.Array, dict[str, Ratio]]:
     return value, means
 
 
-def gradient_norm(grads: Params, layout: Layout = WHOLE_LAYOUT) -> jax.Array:
-    """sqrt(sum g^2) [] over all entries.
+def squared_norm(array: jax.Array) -> jax.Array:
+    """Sum of the squared entries [].
 
-    As dot products: squares that are summed would be stored first, which for the large matrices of
+    As a dot product: squares that are summed would be stored first, which for the large matrices of
     grids costs more than the sum.
+    """
+    return jnp.vdot(array, array, precision=jax.lax.Precision.HIGHEST)
+
+
+def gradient_norm(grads: Params, layout: Layout = WHOLE_LAYOUT) -> jax.Array:
+    """sqrt(sum g^2) [] over all entries of a tree of arrays that lie as `layout` says."""
+    return jnp.sqrt(layout.total(jax.tree.map(squared_norm, grads)))
+
+
+def gradient_health(
+    grads: Params, measured: jax.Array | bool, layout: Layout = WHOLE_LAYOUT
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Global norm [], and how many entries are NaN and how many infinite, int32 [] each.
+
+    Every array has its own conditional, so it is read when it is made: one conditional for all
+    would hold all of them until the last is there.
 
     Args:
       grads: any tree of arrays.
-      layout: where they lie.
-    """
-    exact = jax.lax.Precision.HIGHEST
-    squares = jax.tree.map(lambda g: jnp.vdot(g, g, precision=exact), grads)
-    return jnp.sqrt(layout.total(squares))
-
-
-def count_non_finite(
-    grads: Params, norm: jax.Array, layout: Layout = WHOLE_LAYOUT
-) -> tuple[jax.Array, jax.Array]:
-    """How many entries of a gradient are NaN and how many infinite, int32 [] each.
-
-    A finite norm has none, so the gradient is read a second time only where something is wrong.
-
-    Args:
-      grads: any tree of arrays.
-      norm: [] their global norm.
+      measured: bool []; False reads nothing and returns zeros.
       layout: where they lie.
     """
 
-    def count(leaves: Params) -> tuple[Params, Params]:
-        nan, inf = (
-            jax.tree.map(lambda g, is_bad=is_bad: jnp.sum(is_bad(g), dtype=jnp.int32), leaves)
-            for is_bad in (jnp.isnan, jnp.isinf)
-        )
-        return nan, inf
+    def nothing(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.zeros((), jnp.result_type(*arrays)), jnp.int32(0), jnp.int32(0)
 
-    def nothing(leaves: Params) -> tuple[Params, Params]:
-        zeros = jax.tree.map(lambda _: jnp.int32(0), leaves)
-        return zeros, zeros
+    def bad_entries(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nan, inf = jnp.isnan(g), jnp.isinf(g)
+        return jnp.sum(nan, dtype=jnp.int32), jnp.sum(inf, dtype=jnp.int32)
 
-    nan, inf = jax.lax.cond(jnp.isfinite(norm), nothing, count, grads)
-    return layout.total(nan), layout.total(inf)
+    def read(g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        square = squared_norm(g)
+        # A finite sum has none, so most arrays are read once.
+        return square, *jax.lax.cond(jnp.isfinite(square), lambda g: nothing(g)[1:], bad_entries, g)
+
+    def total(parts: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        square, nan, inf = (layout.total(part) for part in parts)
+        return jnp.sqrt(square), nan.astype(jnp.int32), inf.astype(jnp.int32)
+
+    leaves, tree = jax.tree.flatten(grads)
+    seen = [jax.lax.cond(measured, read, nothing, leaf) for leaf in leaves]
+    parts = tuple(jax.tree.unflatten(tree, part) for part in zip(*seen, strict=True))
+    return jax.lax.cond(measured, total, lambda _: nothing(*leaves), parts)
 
 
 def make_step(
@@ -232,15 +239,6 @@ def make_step(
     if settings.freeze_steps and halting is None:
         raise UserError("config key act.halt_warmup_steps: this model has no halting unit")
 
-    def health(grads: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        norm = gradient_norm(grads, layout)
-        nan_count, inf_count = count_non_finite(grads, norm, layout)
-        return norm, nan_count, inf_count
-
-    def unmeasured(grads: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(health, grads))
-        return zeros[0], zeros[1], zeros[2]
-
     def step(
         state: TrainState, batch: Batch, measured: jax.Array | bool = True
     ) -> tuple[TrainState, Sums]:
@@ -254,7 +252,7 @@ def make_step(
 
         grads, (scored, means) = jax.grad(loss, has_aux=True)(layout.whole(state.params))
         grads = layout.reduce(grads)
-        norm, nan_count, inf_count = jax.lax.cond(measured, health, unmeasured, grads)
+        norm, nan_count, inf_count = gradient_health(grads, measured, layout)
         if settings.freeze_steps:
             frozen = state.step < settings.freeze_steps
             assert halting is not None
@@ -267,7 +265,9 @@ def make_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         if settings.freeze_steps:
             updates = jax.tree.map(thaw, names, updates)
-        rate = settings.rate(state.step)
+        # A norm is never negative: this only makes the update wait for every gradient. A compiler
+        # that cannot see that the weights have been read for the last time copies them first.
+        rate = jnp.where(norm < 0, 0.0, settings.rate(state.step))
         updates = jax.tree.map(lambda u: -rate * u, updates)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema

@@ -19,6 +19,7 @@ from halting_jax.learner import (
     OptimSettings,
     TrainState,
     compile_steps,
+    gradient_health,
     init_state,
     make_step,
     named_leaves,
@@ -180,6 +181,22 @@ def test_nonfinite_gradients_are_counted(bad: float, steps: int) -> None:
     assert not np.isfinite(float(sums.grad_norm))
     _, sums = run(_start(built, settings), jnp.arange(16, dtype=jnp.int32), ~sent[:, :1], 1)
     assert int(sums.nan_count) + int(sums.inf_count) == 0 and float(sums.grad_norm) > 0
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_health_of_a_gradient(measured: bool) -> None:
+    rng = np.random.default_rng(0)
+    sound = {"a": rng.normal(size=(5, 7)).astype(np.float32), "b": np.full(3, 2.0, np.float32)}
+    broken = {"a": sound["a"].copy(), "b": sound["b"].copy()}
+    broken["a"][0, :3], broken["a"][1, 2], broken["b"][1] = np.nan, np.inf, -np.inf
+    health = jax.jit(gradient_health)
+    norm, nan, inf = health(sound, measured)
+    expected = np.sqrt(sum(np.sum(g.astype(np.float64) ** 2) for g in sound.values()))
+    np.testing.assert_allclose(norm, expected if measured else 0.0, rtol=1e-6)
+    assert (int(nan), int(inf)) == (0, 0)
+    norm, nan, inf = health(broken, measured)
+    assert np.isfinite(norm) != measured
+    assert (int(nan), int(inf)) == ((3, 2) if measured else (0, 0))
 
 
 def _agree(*specs: str) -> None:
