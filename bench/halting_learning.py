@@ -66,6 +66,15 @@ CLAIMS = {
     },
     "parity8_pondernet": Claim("configs/halting_parity.py:ponder8", "id", "accuracy"),
     "addition": Claim("configs/halting_addition.py:cpu", "id", "accuracy_sequence", 0.95),
+    **{
+        f"addition_tau{tau}": Claim(
+            "configs/halting_addition.py:cpu",
+            "id",
+            "accuracy_sequence",
+            overrides=(f"--config.act.time_penalty={tau}",),
+        )
+        for tau in ("0", "0.1")
+    },
     "logic": Claim("configs/halting_logic.py:cpu", "id", "accuracy", 0.99),
     "logic_short": Claim(
         "configs/halting_logic.py:cpu",
@@ -250,13 +259,13 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
         1, 2 if swept else 1, figsize=(11 if swept else 6, 4), layout="constrained", squeeze=False
     )
     left = axes[0, 0]
-    penalties: dict[float, list[float]] = {}
+    penalties: dict[str, dict[float, list[float]]] = {}
     drawn = [name for name in claims if "_tau" not in name]
     for name, claim in claims.items():
         runs = claim["seeds"].values()
         if "_tau" in name:
-            tau = float(name.partition("_tau")[2])
-            penalties.setdefault(tau, []).extend(run["ponder"] for run in runs)
+            task, _, tau = name.partition("_tau")
+            penalties.setdefault(task, {})[float(tau)] = [run["ponder"] for run in runs]
             continue
         for number, run in enumerate(runs):
             groups = run["by_difficulty"]
@@ -269,12 +278,15 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
     left.legend(fontsize=8)
     if swept:
         right = axes[0, 1]
-        order = sorted(penalties)
-        for tau, steps in penalties.items():
-            right.plot([order.index(tau)] * len(steps), steps, "o", color="C0")
-        right.plot(range(len(order)), [sum(penalties[t]) / len(penalties[t]) for t in order])
+        order = sorted({tau for taus in penalties.values() for tau in taus})
+        for number, (task, taus) in enumerate(penalties.items()):
+            for tau, steps in taus.items():
+                right.plot([order.index(tau)] * len(steps), steps, "o", color=f"C{number}")
+            middle = [(order.index(t), sum(taus[t]) / len(taus[t])) for t in sorted(taus)]
+            right.plot(*zip(*middle, strict=True), color=f"C{number}", label=task)
         right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])
-        right.set(xlabel="time penalty tau (8 bits)", ylabel="mean ponder steps")
+        right.set(xlabel="time penalty tau", ylabel="mean ponder steps")
+        right.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

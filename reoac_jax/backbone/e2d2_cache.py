@@ -207,19 +207,18 @@ def empty_caches(cfg: E2D2Config, batch: int, capacity: int) -> Caches:
     return Caches(encoder, tuple(cache() for _ in range(count)))
 
 
-def _write(cache: LayerCache, new: LayerCache, start: jax.Array | int) -> LayerCache:
-    """Puts T tokens into a cache at column `start`, one for all rows or one per row [B]."""
-    if jnp.ndim(start):
-
-        def row(cache: LayerCache, new: LayerCache, start: jax.Array) -> LayerCache:
-            return LayerCache(
-                jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, axis=2),
-                jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, axis=1),
-            )
-
-        return jax.vmap(row)(cache, new, jnp.asarray(start))
-    key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, axis=3)
-    return LayerCache(key, jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, 2))
+def _write(
+    cache: LayerCache, new: LayerCache, start: jax.Array | int, rows: jax.Array | None
+) -> LayerCache:
+    """Puts T tokens into a cache: at column `start`, or where each of `rows` [R] starts [R]."""
+    if rows is None:
+        key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, axis=3)
+        value = jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, axis=2)
+        return LayerCache(key, value)
+    columns = jnp.asarray(start)[:, None] + jnp.arange(new.key.shape[3])  # [R, T]
+    key = cache.key.at[rows[:, None], :, :, columns].set(new.key.transpose(0, 3, 1, 2))
+    value = cache.value.at[rows[:, None], :, columns].set(new.value.transpose(0, 2, 1, 3))
+    return LayerCache(key, value)
 
 
 def commit(
@@ -231,39 +230,45 @@ def commit(
     start: jax.Array | int,
     own_mask: jax.Array | None,
     context_mask: jax.Array | None,
+    rows: jax.Array | None = None,
 ) -> tuple[Caches, jax.Array]:
     """Encodes finished tokens and appends what later blocks need of them.
 
     Args:
         weights: From `decode_weights`.
         cfg: The network.
-        ids: [B, T] int32 finished tokens.
-        positions: [B, T] int32.
-        caches: Extended in columns start .. start + T - 1.
-        start: Column, or one per row [B].
-        own_mask: bool, broadcastable to [B, T, T], or None = all-to-all.
-        context_mask: bool [B, C] filled columns, or None = there is no context yet.
+        ids: [R, T] int32 finished tokens.
+        positions: [R, T] int32.
+        caches: Of B rows; extended in columns start .. start + T - 1.
+        start: Column, or with `rows` one per row [R].
+        own_mask: bool, broadcastable to [R, T, T], or None = all-to-all.
+        context_mask: bool [R, C] filled columns, or None = there is no context yet.
+        rows: [R] int32, which rows of the caches these are; None = all of them, R = B.
 
     Returns:
-        The extended caches, and the encoder's states [B, T, D] behind its final norm; with shared
+        The extended caches, and the encoder's states [R, T, D] behind its final norm; with shared
         keys and values those of the last layer that is read.
     """
     x, rope = weights.embedding[ids], rope_of(cfg, positions)
     new = []
     for layer, cache in zip(weights.encoder, caches.encoder, strict=True):
         context = None if context_mask is None else cache
+        if context is not None and rows is not None:
+            context = LayerCache(context.key[rows], context.value[rows])
         x, own = _layer(layer, cfg, x, rope, own_mask, context, context_mask)
         new.append(own)
     # Nothing else says that the caches are read before they are written, and a compiler that
     # cannot see it copies every one of them.
     x, new = jax.lax.optimization_barrier((x, new))
-    encoder = [_write(cache, own, start) for cache, own in zip(caches.encoder, new, strict=True)]
+    encoder = [
+        _write(cache, own, start, rows) for cache, own in zip(caches.encoder, new, strict=True)
+    ]
     decoder = []
     hidden = layers.rms_norm(x, weights.encoder_norm, cfg.rms_eps)
     if caches.decoder:
         for layer, cache in zip(weights.decoder, caches.decoder, strict=True):
             u = layers.rms_norm(hidden, layer.norm_attn, cfg.rms_eps)
-            decoder.append(_write(cache, _key_value(layer, cfg, u, rope), start))
+            decoder.append(_write(cache, _key_value(layer, cfg, u, rope), start, rows))
     return Caches(tuple(encoder), tuple(decoder)), hidden
 
 

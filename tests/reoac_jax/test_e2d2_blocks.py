@@ -93,10 +93,21 @@ def test_logits_of_the_active_block_are_those_of_recomputing_everything(
             written[row, rng.permutation(places)[: row + 1]] = True
 
 
-@NETWORKS
-def test_the_plain_sampler_writes_what_block_decoding_writes(network: E2D2Config) -> None:
+@pytest.mark.parametrize(
+    ("network", "lengths"),
+    [
+        (NETWORK, [1, 3, 4, 6, 8]),
+        (SHARED, [1, 3, 4, 6, 8]),
+        (SHARED, [4, 8, 8, 8, 4, 4, 8, 8, 4, 4]),
+    ],
+    ids=["last_hidden", "shared_kv", "shared_kv, all finish together"],
+)
+def test_the_plain_sampler_writes_what_block_decoding_writes(
+    network: E2D2Config, lengths: list[int]
+) -> None:
+    """Finished rows are encoded a quarter of the batch at a time; ten have no four quarters."""
     backbone = make_backbone(network, block_cache=True)
-    params, lengths = lively(backbone), [1, 3, 4, 6, 8]
+    params = lively(backbone)
     canvas = canvas_of(lengths)
     done = jax.jit(functools.partial(confidence_decode, backbone, num_steps=GEN))(params, canvas)
     expected = generate(
