@@ -278,10 +278,14 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
     left.legend(fontsize=8)
     if swept:
         right = axes[0, 1]
+        usual = get_default_config().act.time_penalty
+        for task in penalties.keys() & claims.keys():  # the claim itself has the usual penalty
+            own = [run["ponder"] for run in claims[task]["seeds"].values()]
+            penalties[task].setdefault(usual, own)
         order = sorted({tau for taus in penalties.values() for tau in taus})
         for number, (task, taus) in enumerate(penalties.items()):
-            for tau, steps in taus.items():
-                right.plot([order.index(tau)] * len(steps), steps, "o", color=f"C{number}")
+            for value, seeds in taus.items():
+                right.plot([order.index(value)] * len(seeds), seeds, "o", color=f"C{number}")
             middle = [(order.index(t), sum(taus[t]) / len(taus[t])) for t in sorted(taus)]
             right.plot(*zip(*middle, strict=True), color=f"C{number}", label=task)
         right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])

@@ -55,7 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 # Every compiled program maps memory, and a process may have some 65,000 mappings: beyond them the
 # compiler aborts. A worker that has run most of the suite comes near.
-MAPPINGS = 20_000
+MAPPINGS = 35_000
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage less often: tracing makes many small objects, and few of them are cycles."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -86,7 +86,11 @@ def _assert_close(actual: Any, expected: Any, atol: float = 2e-5) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [FULL, _mlp(SMALL), dataclasses.replace(SMALL, conv_size=3)],
+    [
+        FULL,
+        _mlp(SMALL),
+        pytest.param(dataclasses.replace(SMALL, conv_size=3), marks=pytest.mark.slow),
+    ],
     ids=["attention", "mlp", "convolution"],
 )
 def test_gradient_flows_through_the_last_cycle_only(settings: TrmSettings) -> None:

@@ -270,7 +270,9 @@ def test_greedy_decoding_equals_teacher_forcing() -> None:
         make_greedy_decoder(SHAPES["grid"], settings)
 
 
-@pytest.mark.parametrize("form", ["grid", "frames", "seq2seq"])
+@pytest.mark.parametrize(
+    "form", ["grid", "frames", pytest.param("seq2seq", marks=pytest.mark.slow)]
+)
 def test_answers_after_every_stretch(form: str) -> None:
     """Those of models with as many hops; the last stretch is trained through its own hops alone."""
     model, params = model_of(form, act=False, supervise_every=2)
