@@ -96,9 +96,10 @@ class OpenRun:
 
     def _reply_of(self, params: Params, batch: Batch, fixed_steps: int = 0) -> Reply:
         outputs = self.model.apply(params, batch, fixed_steps=fixed_steps)
+        logits = like_targets(outputs.logits, batch.targets.ndim)
         return Reply(
-            ids=answer_ids(outputs.logits, batch.targets, batch.target_mask),
-            chances=answer_chances(outputs.logits, batch.targets.ndim),
+            ids=answer_ids(logits, batch.targets, batch.target_mask),
+            chances=answer_chances(logits, batch.targets.ndim),
             exact=self.task.example_correct(outputs.logits, batch),
             ponder=outputs.ponder,
         )
@@ -169,11 +170,16 @@ def _held(source: str, split: str, stamp: float) -> Any:
     return load_maze(source, split)
 
 
+def like_targets(logits: jax.Array, target_dims: int) -> jax.Array:
+    """[B, T, V] of logits [B, T, 1, V], a task with one place per frame; others as they are."""
+    return logits[..., 0, :] if logits.ndim == target_dims + 2 else logits
+
+
 def answer_ids(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
     """The most likely answers, in the layout of the targets.
 
     Args:
-      logits: of one of the forms of `types.Outputs`.
+      logits: of one of the forms of `types.Outputs`, by `like_targets`.
       targets: int32 [B, ...]; mask: bool like targets.
 
     Returns:

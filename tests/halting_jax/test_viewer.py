@@ -171,8 +171,16 @@ def test_addition_has_longer_sums_out_of_distribution(opened: Open) -> None:
     assert measured.answered[0].steps == pytest.approx(sample.mean_steps)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["maze_act", "pondernet", "logic", "sort", "copy"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sort",
+        *(
+            pytest.param(k, marks=pytest.mark.slow)
+            for k in ("maze_act", "pondernet", "logic", "copy")
+        ),
+    ],
+)
 def test_every_kind_of_model_and_task_renders(opened: Open, kind: str) -> None:
     run = opened(kind)
     samples = [describe(run, split, 1, frame_limit=2) for split in run.splits[:2]]
