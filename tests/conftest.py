@@ -58,12 +58,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 MAPPINGS = 35_000
 
 
-def pytest_collection_finish() -> None:
-    """Collects garbage less often: tracing makes many small objects, and few of them are cycles."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
-
-
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Between modules, drops compiled programs once they have become many."""
     jax = sys.modules.get("jax")
