@@ -105,7 +105,9 @@ class MetricWriter:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         if self._events is None:
-            self._events = EventFileWriter(str(self._workdir / "tensorboard"), flush_secs=10)
+            folder = self._workdir / "tensorboard"
+            _wait_for_a_later_name(folder)
+            self._events = EventFileWriter(str(folder), flush_secs=10)
             if self._purge_from is not None:
                 # Tells readers to forget what earlier files say about these steps.
                 start = SessionLog(status=SessionLog.START)
@@ -180,6 +182,18 @@ def peak_memory() -> dict[str, float]:
     if peaks:
         result["memory/device_peak"] = max(peaks) / GIB
     return result
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Waits, for less than a second, until a new event file's name sorts after those there are.
+
+    TensorBoard reads a folder's event files in the order of their names. A name begins with the
+    whole second of its making; within one second host, process and a counter follow, as text, so
+    that the tenth file of a process would be read before the ninth, and what a resumed run
+    withdraws after what it wrote anew.
+    """
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(1.0 - time.time() % 1.0)
 
 
 def _number(value: Any) -> float | int:

@@ -20,6 +20,8 @@ from common.errors import UserError
 Item = tuple[str | None, str | None, Mapping[str, Any]]
 
 START_LIMIT_S = 120.0
+# How many workers in a row may end before one of them has taken an item.
+TAKING_ATTEMPTS = 3
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,7 +31,8 @@ class Verdict(NamedTuple):
     Attributes:
         score: what the grading function returned; 0 if it did not return a finite number.
         timed_out: the function exceeded the time limit.
-        crashed: the function raised, ended its process, or returned no finite number.
+        crashed: the function raised, ended its process, or returned no finite number, or the item
+            ended each worker before it reached the function.
     """
 
     score: float
@@ -214,45 +217,55 @@ class _Slot:
             self._discard()
 
     def _grade(self, task: _Task) -> None:
-        if self.process is not None and self.process.poll() is not None:
-            # Ended while idle, for example by the kernel for want of memory: not this item's doing.
-            self._discard()
-        if self.process is None:
-            self._start()
-        if self.stopping:
-            task.handle._fail(RuntimeError("the grading pool was closed before the batch was done"))
-        elif self.failure is not None:
-            task.handle._fail(self.failure)
-        else:
-            verdict = self._exchange(task.line)
+        verdict = None
+        # A worker that ended while idle (for example by the kernel, for want of memory) is not the
+        # item's doing: the next one has it. An item that none lives to take is a crash.
+        for _ in range(TAKING_ATTEMPTS):
+            if self.process is None:
+                self._start()
             if self.stopping:
-                # Killed by `stop`, not by the item.
-                task.handle._fail(RuntimeError("the grading pool was closed during grading"))
-            else:
-                task.handle._set(task.position, verdict)
+                task.handle._fail(RuntimeError("the grading pool was closed before grading"))
+                return
+            if self.failure is not None:
+                task.handle._fail(self.failure)
+                return
+            verdict = self._exchange(task.line)
+            if verdict is not None:
+                break
+        if self.stopping:
+            # Killed by `stop`, not by the item.
+            task.handle._fail(RuntimeError("the grading pool was closed during grading"))
+        else:
+            task.handle._set(task.position, verdict or Verdict(0.0, crashed=True))
 
-    def _exchange(self, line: bytes) -> Verdict:
-        """Has one item graded; a worker that is late or gone is discarded."""
+    def _exchange(self, line: bytes) -> Verdict | None:
+        """Has one item graded; a worker that is late or gone is discarded.
+
+        Returns:
+            The verdict, or None if the worker ended before it took the item.
+        """
+        deadline = time.monotonic() + self._time_limit_s
         try:
-            reply = self._ask(line)
+            taken = self._send(line) and self._receive(deadline) is not None
+            reply = self._receive(deadline) if taken else None
         except TimeoutError:
             self._discard()
             return Verdict(0.0, timed_out=True)
         if reply is None:
             self._discard()
-            return Verdict(0.0, crashed=True)
+            return Verdict(0.0, crashed=True) if taken else None
         score = reply["score"]
         return Verdict(0.0, crashed=True) if score is None else Verdict(score)
 
-    def _ask(self, line: bytes) -> dict[str, Any] | None:
+    def _send(self, line: bytes) -> bool:
+        """Writes one line to the worker; tells whether it was there to take it."""
         assert self.process is not None and self.process.stdin is not None
-        deadline = time.monotonic() + self._time_limit_s
         try:
             self.process.stdin.write(line)
             self.process.stdin.flush()
         except OSError:
-            return None
-        return self._receive(deadline)
+            return False
+        return True
 
     def _receive(self, deadline: float) -> dict[str, Any] | None:
         """Returns the next reply, None if the worker is gone; raises TimeoutError if late."""

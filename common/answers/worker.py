@@ -1,4 +1,4 @@
-"""The process behind `GradingPool`: reads one item a line, grades it, answers with one line.
+"""The process behind `GradingPool`: reads one item a line, answers "taken", then the score.
 
 Started as `python -m common.answers.worker module:function limit_s memory_mb`; never imports JAX or
 PyTorch, and ends by itself when the process that started it is gone.
@@ -46,6 +46,8 @@ def main() -> None:
     _send(replies, {"ready": True})
     while True:
         item = json.loads(lines.get())
+        # An end before this line is not held against the item: another worker gets it.
+        _send(replies, {"taken": True})
         signal.setitimer(signal.ITIMER_REAL, limit + ALARM_GRACE_S)
         reply = _grade(function, item)
         signal.setitimer(signal.ITIMER_REAL, 0)

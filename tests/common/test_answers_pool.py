@@ -148,6 +148,29 @@ def test_a_worker_killed_while_idle_is_replaced_without_loss(grader: str) -> Non
         assert pool.worker_pids() != [pid]
 
 
+def test_an_item_that_a_dying_worker_never_took_is_graded_by_the_next(grader: str) -> None:
+    with GradingPool(num_workers=1, time_limit_s=30, grader=grader) as pool:
+        (pid,) = pool.worker_pids()
+        # Stopped, it is there to be written to, and takes nothing.
+        os.kill(pid, signal.SIGSTOP)
+        handle = pool.submit([("5", None, {}), ("6", None, {})])
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        assert handle.result(30) == [Verdict(5.0), Verdict(6.0)]
+        assert pool.worker_pids() != [pid]
+
+
+def test_an_item_that_no_worker_lives_to_take_is_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "grader_that_ends_its_worker.py").write_text(
+        "import json, os\njson.loads = lambda text: os._exit(0)\ndef act(*item): return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with GradingPool(num_workers=1, grader="grader_that_ends_its_worker:act") as pool:
+        assert pool.submit([("5", None, {})]).result(60) == [Verdict(0.0, crashed=True)]
+
+
 def test_close_ends_the_workers_and_fails_what_waits(grader: str) -> None:
     pool = GradingPool(num_workers=2, time_limit_s=60, grader=grader)
     waiting = pool.submit([("loop", None, {})] * 5)

@@ -1,6 +1,7 @@
 """Rows and events with the same tags; a resumed run has one row per step."""
 
 import math
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -56,6 +57,26 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
             writer.write(step, {"loss": step * 1.5})
     assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert read_events(broken) == read_events(whole)
+
+
+@pytest.mark.parametrize("counter", [9, 99])
+def test_event_files_of_one_second_are_read_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counter: int
+) -> None:
+    from tensorboard.summary.writer import event_file_writer
+
+    # The library numbers the files of a process; as text, 10 comes before 9.
+    uid = event_file_writer.AtomicCounter(counter)
+    monkeypatch.setattr(event_file_writer, "_global_uid", uid)
+    time.sleep(1.0 - time.time() % 1.0)
+    with MetricWriter(tmp_path) as writer:
+        for step in range(4):
+            writer.write(step, {"loss": step})
+    with MetricWriter(tmp_path) as writer:
+        writer.truncate_after(1)
+        for step in range(2, 4):
+            writer.write(step, {"loss": step + 10})
+    assert read_events(tmp_path) == {"loss": [(0, 0.0), (1, 1.0), (2, 12.0), (3, 13.0)]}
 
 
 def test_start_afresh_drops_everything(tmp_path: Path) -> None:
