@@ -1,6 +1,6 @@
 """Learning of the halting models: every claim is a run of the ordinary command, seed by seed.
 
-    python -m bench.halting_learning --json results/halting_learning.json
+    python -m bench.halting_learning --json results/halting_learning.json --plot FILE --lengths FILE
     python -m bench.halting_learning --only parity8,logic --runs runs/halting_learning
 
 A finished run is not repeated, so the command goes on where it was stopped; with --json, figures of
@@ -83,7 +83,19 @@ CLAIMS = {
         overrides=("--config.train.max_steps=80000",),
     ),
     "sort": Claim("configs/halting_sort.py:cpu", "id", "sequence_accuracy"),
-    "copy": Claim("configs/halting_copy.py:cpu", "id", "sequence_accuracy"),
+    "string_addition": Claim("configs/halting_copy.py:add", "id", "sequence_accuracy"),
+    # Trained on 1 to 8 symbols, tested on 1 to 16: first with every sequence at position 0, then at
+    # random positions, so that those of longer sequences are known from training.
+    **{
+        f"{task}{name}": Claim(
+            f"configs/halting_copy.py:{variant}", "ood", "sequence_accuracy", overrides=overrides
+        )
+        for task, variant in (("copy", "cpu"), ("reverse", "reverse"))
+        for name, overrides in (
+            ("", ()),
+            ("_offset", ("--config.task.position_offset=-1",)),
+        )
+    },
     "maze6": Claim("configs/halting_maze_ut.py:cpu", "test", "acc", 0.5),
     "maze10_ut": Claim("configs/halting_maze_ut.py:perfect10", "test", "acc", 0.9),
     "maze10_trm": Claim("configs/halting_maze_ut.py:trm10", "test", "acc", 0.9),
@@ -207,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="start nothing, use finished runs")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG or PDF: ponder steps by difficulty and tau")
+    parser.add_argument("--lengths", type=Path, help="PNG or PDF: accuracy beyond trained lengths")
     given = parser.parse_args(argv)
     chosen = given.only.split(",")
     unknown = [name for name in chosen if name not in CLAIMS]
@@ -242,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     print(format_claims(claims))
     if given.plot:
         plot_ponder(claims, given.plot)
+    if given.lengths:
+        plot_lengths(claims, given.lengths)
     if given.json:
         atomic_write_json(given.json, {"machine": machine(), "claims": claims})
     return 0
@@ -260,8 +275,10 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
     )
     left = axes[0, 0]
     penalties: dict[str, dict[float, list[float]]] = {}
-    drawn = [name for name in claims if "_tau" not in name]
-    for name, claim in claims.items():
+    # Runs about lengths have a figure of their own.
+    shown = {name: claim for name, claim in claims.items() if claim["set_name"] != "ood"}
+    drawn = [name for name in shown if "_tau" not in name]
+    for name, claim in shown.items():
         runs = claim["seeds"].values()
         if "_tau" in name:
             task, _, tau = name.partition("_tau")
@@ -271,11 +288,19 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
             groups = run["by_difficulty"]
             middle = [(g["low"] + g["high"]) / 2 for g in groups]
             steps = [g["steps"] for g in groups]
-            colour = f"C{drawn.index(name) % 10}"
-            label = name if number == 0 else None
-            left.plot(middle, steps, marker="o", markersize=3, color=colour, label=label)
+            place = drawn.index(name)
+            left.plot(
+                middle,
+                steps,
+                marker="o",
+                markersize=3,
+                color=f"C{place % 10}",
+                linestyle="-" if place < 10 else "--",
+                label=name if number == 0 else None,
+            )
     left.set(xlabel="difficulty (bits, digits, gates, items, moves)", ylabel="mean ponder steps")
-    left.legend(fontsize=8)
+    if drawn:
+        left.legend(fontsize=8)
     if swept:
         right = axes[0, 1]
         usual = get_default_config().act.time_penalty
@@ -291,6 +316,33 @@ def plot_ponder(claims: dict[str, Any], path: Path) -> None:
         right.set_xticks(range(len(order)), [f"{tau:g}" for tau in order])
         right.set(xlabel="time penalty tau", ylabel="mean ponder steps")
         right.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_lengths(claims: dict[str, Any], path: Path) -> None:
+    """Draws accuracy over length for the claims whose test goes beyond the trained lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    shown = [name for name, claim in claims.items() if claim["set_name"] == "ood"]
+    for place, name in enumerate(shown):
+        for number, run in enumerate(claims[name]["seeds"].values()):
+            groups = run["by_difficulty"]
+            axes.plot(
+                [(g["low"] + g["high"]) / 2 for g in groups],
+                [100 * g["accuracy"] for g in groups],
+                marker="o",
+                markersize=3,
+                color=f"C{place}",
+                label=name if number == 0 else None,
+            )
+    axes.set(xlabel="symbols", ylabel="sequences that are right, %")
+    axes.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

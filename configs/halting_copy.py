@@ -12,6 +12,10 @@ Variants
   runbook    the original's encoding and values.
   paper      train up to 40 symbols, test up to 400 (needs a GPU).
 
+With --config.task.position_offset=-1 training sequences start at random positions, so that those of
+longer test sequences are known. What the runs reach stands in README.md and
+results/halting_learning.json.
+
 Other models: --config.model.type=act_rnn. --config.task.name=reverse and string_addition work too.
 """
 
@@ -48,10 +52,12 @@ def get_config(variant: str = "") -> ConfigDict:
         c.ut.value_depth = 64
         c.ut.filter_size = 128
         c.ut.max_hops = 4
+        c.ut.act = True
         c.data.batch_size = 64
         c.optim.lr = 1e-3
         c.optim.clip_norm = 1.0
-        c.train.max_steps = 4000
+        c.optim.schedule = "cosine"
+        c.train.max_steps = 8000
         c.train.log_every = 100
         c.eval.every = 1000
         c.eval.test_size = 1000

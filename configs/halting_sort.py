@@ -44,7 +44,8 @@ def get_config(variant: str = "") -> ConfigDict:
         c.data.batch_size = 64
         c.optim.lr = 2e-3
         c.optim.clip_norm = 1.0
-        c.train.max_steps = 15000
+        c.optim.schedule = "cosine"
+        c.train.max_steps = 30000
         c.train.log_every = 250
         c.eval.every = 5000
     if variant == "tiny":
