@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from halting_jax.act_decode import make_decode
 from halting_jax.act_rnn import ActRnnSettings, make_act_rnn
 from halting_jax.defaults import FILE_TASKS
 from halting_jax.objective import Objective, act_objective, stretches_objective
@@ -14,7 +15,11 @@ from halting_jax.pondernet import pondernet_objective
 from halting_jax.tasks.factory import make_task
 from halting_jax.trm import TrmSettings, make_trm, trm_objective
 from halting_jax.types import Batch, Model, Task
-from halting_jax.universal_transformer import UtSettings, make_universal_transformer
+from halting_jax.universal_transformer import (
+    UtSettings,
+    make_greedy_decoder,
+    make_universal_transformer,
+)
 
 # Keys of the section `task` that are no sizes of a task; the factory refuses any other it does not
 # know, so a key without a reader cannot stay.
@@ -60,11 +65,17 @@ def build(config: ConfigDict, seq_len: int = 0, vocab_size: int = 0) -> Built:
         return _recursive(config, task)
     if config.model.type == "universal_transformer":
         model = make_universal_transformer(task.shape, ut_settings(config))
+        if task.shape.form == "seq2seq":
+            decode = make_greedy_decoder(task.shape, ut_settings(config))
+            model = dataclasses.replace(model, decode=decode)
         if model.stretches:
             return Built(task, model, stretches_objective(task, model))
         charged = config.ut.act and not config.act.disable_ponder_cost
         return Built(task, model, act_objective(task, model, config.act.ponder_reduce, charged))
     model = make_act_rnn(task.shape, act_rnn_settings(config))
+    if task.shape.form == "seq2seq":
+        write = make_decode(task.shape, act_rnn_settings(config))
+        model = dataclasses.replace(model, decode=lambda *given: write(*given).tokens)
     if config.act.kind == "pondernet":
         objective = pondernet_objective(task, model, config.act.prior, config.act.kl_weight)
         return Built(task, model, objective)

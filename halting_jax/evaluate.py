@@ -84,7 +84,7 @@ class Evaluator:
           batch_size: examples per call over all devices; rounded up to a multiple of them.
           tau: weight of the ponder cost, for the reported loss.
           ponder_reduce: see `objective.ponder_ratio`.
-          fixed_steps: > 0 runs that many inner steps without halting.
+          fixed_steps: > 0 runs that many inner steps without halting; nothing is decoded then.
           early_exit: rows that have halted leave the batch of their device, where the model can
             go on with a part of its rows; else every row waits for the last.
           path_metrics: metrics too dear for the training step.
@@ -105,6 +105,7 @@ class Evaluator:
         self._apply = self._inference(early_exit)
         # Sets of equal shapes share one program; only their examples are drawn by one each.
         self._grade = spmd(self._graded, mesh, (WHOLE, ROWS, ROWS), (WHOLE, ROWS), mode=mode)
+        self._decode = spmd(self._decoded, mesh, (WHOLE, ROWS), WHOLE, mode=mode)
         self._draws: dict[str, Callable[[np.ndarray], Batch]] = {}
 
     def _inference(self, early_exit: bool) -> Callable[[Params, Batch], Outputs]:
@@ -123,6 +124,10 @@ class Evaluator:
     ) -> SetResult:
         """Evaluate a set.
 
+        Metrics are those under teacher forcing. On test sets a seq2seq model also writes its
+        answers by itself: `decoded_char_accuracy` (a sequence is right in one way exactly if it
+        is right in the other; single tokens need not be).
+
         Args:
           params: replicated weights.
           examples: the set.
@@ -132,6 +137,9 @@ class Evaluator:
         total: Any = None
         kept: list[RowResults] = []
         starts = range(0, examples.size, self._batch_size)
+        decoding = self._model.decode is not None and not self._fixed_steps
+        # Validation sequences may start behind padding, as in training; those of tests never do.
+        decoding = decoding and examples.name in self._task.eval_sets
         bar = tqdm(
             total=examples.size,
             desc=progress,
@@ -144,6 +152,9 @@ class Evaluator:
                 rows = np.arange(start, start + self._batch_size, dtype=np.int32)
                 batch = self._draw(examples)(rows)
                 sums, results = self._grade(params, batch, rows < examples.size)
+                if decoding:
+                    loss, ponder, metrics, counts = sums
+                    sums = loss, ponder, metrics | self._decode(params, batch), counts
                 # Sums of many examples lose digits in float32: they are added up in float64.
                 sums = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(sums))
                 total = sums if total is None else jax.tree.map(np.add, total, sums)
@@ -184,6 +195,16 @@ class Evaluator:
         """One device's part: sums over all devices, and results of its own rows."""
         sums, results = self._measure(self._apply(params, batch), batch, counted)
         return sum_over_devices(sums), results
+
+    def _decoded(self, params: Params, batch: Batch) -> Metrics:
+        """Scored tokens that the model writes by itself, summed over all devices."""
+        assert self._model.decode is not None
+        tokens = self._model.decode(params, batch, batch.targets.shape[1])
+        right = (tokens == batch.targets) & batch.target_mask
+        ratio = Ratio(
+            jnp.sum(right).astype(jnp.float32), jnp.sum(batch.target_mask, dtype=jnp.float32)
+        )
+        return sum_over_devices({"decoded_char_accuracy": ratio})
 
     def _measure(
         self, outputs: Outputs, batch: Batch, counted: jax.Array

@@ -104,7 +104,7 @@ def write_report(
 
 
 def format_table(results: dict[str, SetResult]) -> str:
-    """One line per set: examples, loss, steps, and every metric of the task."""
+    """One line per set: examples, loss, steps, and every metric; "-" where a set has none."""
     names = list(dict.fromkeys(n for result in results.values() for n in result.metrics))
     head = ["set", "examples", "loss", "steps", *names]
     lines = ["  ".join(f"{h:>10}" for h in head)]
@@ -112,6 +112,8 @@ def format_table(results: dict[str, SetResult]) -> str:
     for name, result in results.items():
         cells = [f"{name:>10}", f"{len(result.correct):>10}"]
         cells += [f"{result.losses['classification']:>10.4f}", f"{result.ponder['steps']:>10.2f}"]
-        cells += [f"{result.metrics[n]:>{max(len(n), 10)}.4f}" for n in names]
+        for metric in names:
+            value = result.metrics.get(metric)
+            cells.append(f"{'-' if value is None else f'{value:.4f}':>{max(len(metric), 10)}}")
         lines.append("  ".join(cells))
     return "\n".join(lines)

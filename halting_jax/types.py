@@ -166,6 +166,9 @@ class Model:
         finish(params, carry) -> Outputs, equal to those of apply.
       stretches: (params, batch) -> (logits [K, ...] after every stretch of inner steps, Outputs of
         the last); gradients end where a stretch begins. None for models without.
+      decode: (params, batch, length) -> int32 [B, length], what the model writes by itself, the
+        most likely token each time, up to and with the end token, zeros behind it; only the source
+        of the batch is read, and targets begin at position 0. None but for seq2seq.
     """
 
     type: str
@@ -178,3 +181,4 @@ class Model:
     running: Callable[[Any], jax.Array] | None = None
     finish: Callable[..., Outputs] | None = None
     stretches: Callable[[Params, Batch], tuple[jax.Array, Outputs]] | None = None
+    decode: Callable[[Params, Batch, int], jax.Array] | None = None
