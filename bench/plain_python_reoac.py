@@ -87,15 +87,6 @@ def percentile_90(values: Sequence[float]) -> float:
     return ordered[rank]
 
 
-def normalised_entropy(logits: Sequence[float], width: int) -> float:
-    """Entropy of softmax(logits) in units of log width."""
-    peak = max(logits)
-    weights = [math.exp(value - peak) for value in logits]
-    total = sum(weights)
-    entropy = -sum(w / total * math.log(w / total) for w in weights if w > 0)
-    return entropy / math.log(width)
-
-
 def features(
     prompt_ids: Sequence[int],
     key_mask: Sequence[bool],

@@ -18,7 +18,7 @@ from halting_jax.build import Built, act_rnn_settings, build, ut_settings
 from halting_jax.defaults import FILE_TASKS, check_overrides, finalize, get_default_config
 from halting_jax.evaluate import SetResult, difficulty_rows, format_difficulty
 from halting_jax.learner import init_state
-from halting_jax.reports import format_table
+from halting_jax.reports import format_table, format_trivial
 from halting_jax.source import Source
 from halting_jax.structure import checkpoint_path, default_structure, saved_config, structure
 from halting_jax.train import make_evaluator, make_source, optim_settings
@@ -149,11 +149,13 @@ def evaluate_run(
         },
         "by_difficulty": {name: difficulty_rows(r) for name, r in results.items()},
     }
+    if source.trivial:
+        report["copy_input"] = source.trivial
     if not dist.is_main():
         return results
     path = Path(output) if output else trained.path / f"eval_step{trained.step}.json"
     atomic_write_json(path, report)
-    print(format_table(results))
+    print(format_table(results) + format_trivial(source.trivial))
     if config.eval.by_difficulty:
         for name, rows in report["by_difficulty"].items():
             print(f"\n{name}, by difficulty\n{format_difficulty(rows)}")

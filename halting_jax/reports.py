@@ -85,6 +85,7 @@ def write_report(
     step: int,
     table: dict[str, dict[str, float]],
     results: dict[str, SetResult],
+    trivial: dict[str, dict[str, float]],
     seconds: float,
 ) -> None:
     """Writes eval.json and prints the final table; the main process does."""
@@ -93,8 +94,10 @@ def write_report(
     report: dict[str, Any] = {"step": step, "seconds": seconds, "sets": table}
     if config.eval.by_difficulty:
         report["by_difficulty"] = {name: difficulty_rows(r) for name, r in results.items()}
+    if trivial:
+        report["copy_input"] = trivial
     atomic_write_json(run.path / "eval.json", report)
-    print("\n" + format_table(results))
+    print("\n" + format_table(results) + format_trivial(trivial))
     last = list(results)[-1] if len(results) > 1 else "val"
     shown = next((n for n in results if n not in ("val", last)), last)
     if config.eval.by_difficulty:
@@ -117,3 +120,11 @@ def format_table(results: dict[str, SetResult]) -> str:
             cells.append(f"{'-' if value is None else f'{value:.4f}':>{max(len(metric), 10)}}")
         lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+def format_trivial(trivial: dict[str, dict[str, float]]) -> str:
+    """A line per set about the predictor that returns its input, to be put below the table."""
+    return "".join(
+        f"\ncopying the input, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items())
+        for name, values in trivial.items()
+    )

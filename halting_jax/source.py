@@ -44,6 +44,8 @@ class Source:
       steps_per_epoch: 0 for generated tasks.
       evaluation: sets by name; "val" is always there.
       facts: what the run directory records about the data.
+      trivial: per evaluation set, the scores of returning the input unchanged; {} where an input
+        is no answer.
     """
 
     draw: Callable[[jax.Array, jax.Array, Any], Batch]
@@ -51,6 +53,7 @@ class Source:
     steps_per_epoch: int
     evaluation: dict[str, EvalSet]
     facts: dict[str, Any]
+    trivial: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def generated_source(task: Task, val_size: int, test_size: int, seed: int) -> Source:
@@ -107,6 +110,7 @@ def file_source(config: ConfigDict, directory: Path) -> Source:
     from halting_jax.datasets.aug8 import index_maps
     from halting_jax.datasets.maze_files import label_variants, load_maze
     from halting_jax.tasks.maze import maze_batch
+    from halting_jax.tasks.maze_metrics import PATH, copy_input_baseline
 
     train = load_maze(directory, "train")
     with_aug = config.data.aug == "aug8"
@@ -127,9 +131,13 @@ def file_source(config: ConfigDict, directory: Path) -> Source:
         rows = shuffler.indices(step * batch, count * batch).reshape(count, batch)
         return np.ascontiguousarray(rows.T.astype(np.int32))  # [B, count]
 
+    trivial = {}
+
     def fixed(split: str, limit: int) -> EvalSet:
         data = load_maze(directory, split)
         size = min(limit, len(data.inputs))
+        focus = PATH if config.task.name == "maze" else None
+        trivial[split] = copy_input_baseline(data.inputs[:size], data.labels[:size], focus)
         held = jnp.asarray(data.inputs), jnp.asarray(data.labels)[None]
         moves = jnp.asarray(data.difficulty)
 
@@ -154,6 +162,7 @@ def file_source(config: ConfigDict, directory: Path) -> Source:
             "vocab_size": int(train.vocab_size),
             "train_examples": len(train.inputs),
         },
+        trivial=trivial,
     )
 
 

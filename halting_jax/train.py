@@ -252,7 +252,8 @@ def train(
         for name in source.evaluation:
             row, result = evaluate_now(name, f"test {name}", f"step {step}")
             table[name], results[name] = row, result
-    write_report(config, run, step, table, results, spent + time.monotonic() - begun)
+    seconds = spent + time.monotonic() - begun
+    write_report(config, run, step, table, results, source.trivial, seconds)
     if dist.is_main():
         run.finish()
     return table

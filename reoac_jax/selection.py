@@ -19,8 +19,3 @@ def descending_rank(score: jax.Array, candidates: jax.Array) -> jax.Array:
     better = value[:, None, :] > value[:, :, None]
     tied = (value[:, None, :] == value[:, :, None]) & (position[None, :] < position[:, None])
     return jnp.sum(better | tied, axis=2, dtype=jnp.int32)  # [B, G]
-
-
-def best_k(score: jax.Array, candidates: jax.Array, k: jax.Array) -> jax.Array:
-    """bool [B, G]: the k [B] candidates of highest score (all, when there are fewer)."""
-    return candidates & (descending_rank(score, candidates) < k[:, None])

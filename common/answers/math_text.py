@@ -6,7 +6,7 @@ characters, because what they mean depends on their place: unit, list separator,
 
 import re
 
-from common.answers.extract import clean_text, last_box, numbers
+from common.answers.extract import clean_text, last_box
 
 SPAN_OPEN, SPAN_CLOSE = "\ue000", "\ue001"
 SPAN = re.compile(f"{SPAN_OPEN}([^{SPAN_OPEN}{SPAN_CLOSE}]*){SPAN_CLOSE}")
@@ -150,8 +150,3 @@ def _repeating(hit: re.Match[str]) -> str:
         return hit.group()
     top = int(f"{whole}{start}{period}") - int(f"{whole}{start}" or "0")
     return f"({top}/{'9' * len(period)}{'0' * len(start)})"
-
-
-def holds_number(text: str) -> bool:
-    """Tells whether a number literal stands in the text."""
-    return next(numbers(text), None) is not None

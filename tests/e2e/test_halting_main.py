@@ -92,6 +92,11 @@ def test_stopped_run_goes_on_as_if_nothing_had_happened(
     assert all(np.isfinite(v) for row in rows for v in row.values() if v is not None)
     report = json.loads((whole / "eval.json").read_text())
     assert set(report["sets"]) >= {"val"} and report["by_difficulty"]
+    # Mazes say what their input alone is worth: never a path, most cells.
+    assert ("copy_input" in report) == kind.startswith("maze")
+    for name, scores in report.get("copy_input", {}).items():
+        assert scores["puz_acc"] == 0.0 and 0.5 < scores["cell_acc"] < 1.0
+        assert f"copying the input, {name}: " in printed
 
     terminate_before_save(int(rows[len(rows) // 2]["iteration"]))
     with pytest.raises(Interrupted):
