@@ -6,7 +6,6 @@ file is loaded once, by `parse`; `--config.section.key=value` then overrides its
 
 import difflib
 import errno
-import hashlib
 import importlib.util
 import inspect
 import json
@@ -267,23 +266,6 @@ def refuse_negative(config: config_dict.ConfigDict, allowed: Iterable[str] = ())
             continue
         if isinstance(value, (int, float)) and value < 0:
             raise UserError(f"config key {key}={value} must not be negative")
-
-
-def config_digest(config: config_dict.ConfigDict, sections: Iterable[str]) -> str:
-    """Hashes some keys of a config, to tell whether two runs agree in them.
-
-    Args:
-        config: the resolved config.
-        sections: dotted names of sections or single keys.
-
-    Returns:
-        16 hexadecimal digits.
-
-    Raises:
-        UserError: if the config lacks one of them.
-    """
-    text = json.dumps(select(config, sections), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def select(config: config_dict.ConfigDict, sections: Iterable[str]) -> dict[str, Any]:

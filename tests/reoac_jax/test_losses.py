@@ -242,35 +242,3 @@ def test_huber_critic() -> None:
     moved = np.argwhere(np.asarray(grads[0])).tolist()
     assert moved == [[0, 1], [1, 2]] and size(grads[1]) == 0
     assert float(jnp.abs(grads[0]).max()) <= 0.5 + 1e-6
-
-
-def test_masked_diffusion_loss() -> None:
-    logits = jax.random.normal(KEY, (2, 4, 6))
-    gold = jnp.asarray([[0, 1, 2, 3], [5, 4, 3, 2]])
-    hidden = jnp.asarray([[True, False, True, False], [False, False, False, True]])
-    target = jnp.asarray([[True] * 4, [False, True, True, True]])
-    weight = jnp.asarray([2.0, 0.5])
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), gold[..., None], -1)[..., 0]
-    value, _ = losses.masked_diffusion_loss(logits, gold, hidden, weight, target)
-    wanted = (2.0 * (nll[0, 0] + nll[0, 2]) + 0.5 * nll[1, 3]) / 7
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    grads = gradient(
-        lambda x, w: losses.masked_diffusion_loss(x, gold, hidden, w, target), logits, weight
-    )
-    np.testing.assert_array_equal(jnp.abs(grads[0]).sum(-1) > 0, hidden)
-    assert size(grads[1]) == 0
-
-
-def test_token_policy_loss() -> None:
-    log_probs = jnp.log(jnp.asarray([[0.5, 0.25], [0.1, 0.2]]))
-    written = jnp.asarray([[True, False], [True, True]])
-    gain = jnp.asarray([1.0, -2.0])
-    value, _ = losses.token_policy_loss(log_probs, written, gain)
-    wanted = (-np.log(0.5) + 2 * (np.log(0.1) + np.log(0.2))) / 3
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    plain = jax.grad(lambda lp: losses.token_policy_loss(lp, written, gain)[0])(log_probs)
-    np.testing.assert_array_equal(plain != 0, written)
-    clipped = jax.grad(
-        lambda lp: losses.token_policy_loss(lp, written, gain, jax.lax.stop_gradient(lp))[0]
-    )(log_probs)
-    np.testing.assert_allclose(plain, clipped, rtol=1e-5)
