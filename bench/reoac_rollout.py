@@ -56,6 +56,7 @@ from bench.reoac_scenes import (
     vocabulary,
 )
 from common import dist
+from common.lm import layers
 from common.lm.layers import Params
 from common.rundir import atomic_write_json
 from configs.gsm8k import get_config
@@ -381,14 +382,14 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
         def products(weights: Any, x: jax.Array, calls: int = gen_len) -> Any:
             """Every matrix of a decoder pass, as many rows as it has tokens, once per pass."""
             parts = [m for layer in weights.decoder for m in layer if m is not None]
-            layers = [m for m in parts if m.ndim == 2]
+            matrices = [m for m in parts if m.ndim == 2]
             head = weights.embedding.T if weights.head is None else weights.head
 
             def one_pass(_: jax.Array, x: jax.Array) -> jax.Array:
-                for m in (*layers, head):
+                for m in (*matrices, head):
                     wide = jnp.tile(x, (1, -(-m.shape[0] // x.shape[1])))[:, : m.shape[0]]
                     # The sum is carried on, so that no product can be left out.
-                    x = x + 1e-6 * jnp.mean(wide @ m)
+                    x = x + 1e-6 * jnp.mean(layers.matmul(wide, m))
                 return x
 
             return jax.lax.fori_loop(0, calls, one_pass, x)
@@ -396,7 +397,7 @@ def decode_rows(sizes: Sizes, repeats: int) -> list[Row]:
         run, bare = counter.jit(decode), counter.jit(products)
         things: dict[str, Callable[[], Any]] = {}
         for b in (1, batch):
-            x = jnp.ones((b * block_size, cfg.hidden_size))
+            x = jnp.ones((b * block_size, cfg.hidden_size), cfg.activation_dtype)
             things[str(b)] = functools.partial(run, weights, jnp.asarray(prompt[:b]))
             things[f"products {b}"] = functools.partial(bare, weights, x)
         timings = take_turns(things, repeats, counter)

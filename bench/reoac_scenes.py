@@ -63,7 +63,13 @@ class Sizes:
     batches: tuple[int, ...] = (1, 16, 64)
     score: tuple[int, int, int, int, int] = (1, 100, 128, 256, 1024)
     decode: tuple[int, int, int, int] = (8, 48, 32, 4)
-    decoded: tuple[str, ...] = ("bundled sizes", "V=50258", "e2d2-owt sizes")
+    decoded: tuple[str, ...] = (
+        "bundled sizes",
+        "V=50258",
+        "V=50258, bfloat16",
+        "e2d2-owt sizes",
+        "e2d2-owt sizes, bfloat16",
+    )
 
 
 TINY = Sizes(
@@ -84,7 +90,7 @@ TINY = Sizes(
     batches=(4,),
     score=(1, 8, 8, 16, 32),
     decode=(2, 8, 8, 4),
-    decoded=("bundled sizes", "V=50258"),
+    decoded=("bundled sizes", "V=50258, bfloat16"),
 )
 
 
@@ -181,11 +187,16 @@ def network(sizes: Sizes, block_size: int, length: int, mode: str) -> e2d2.E2D2C
 
 
 def decoding_network(name: str, sizes: Sizes) -> e2d2.E2D2Config:
-    """The random E2D2 of a row of block decoding; "e2d2-owt sizes" are those of the release."""
+    """The random E2D2 of a row of block decoding: sizes, then the dtype unless it is float32.
+
+    "e2d2-owt sizes" are those of the release.
+    """
     _, prompt_width, gen_len, block_size = sizes.decode
+    name, _, dtype = name.partition(", ")
     if name == "bundled sizes":
         sizes = dataclasses.replace(sizes, vocab=sizes.small_vocab, width=sizes.small_width)
     cfg = network(sizes, block_size, prompt_width + gen_len, "blockwise")
+    cfg = dataclasses.replace(cfg, dtype=dtype or "float32")
     if name != "e2d2-owt sizes":
         return cfg
     return dataclasses.replace(

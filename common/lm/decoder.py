@@ -312,9 +312,7 @@ def decode_step(
 def head_logits(params: Params, cfg: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Logits [..., V], accumulated and kept in float32, of normed hidden states [..., D]."""
     kernel = params["embed"]["embedding"].T if cfg.tie_embeddings else params["head"]["kernel"]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = jnp.matmul(flat, kernel.astype(flat.dtype), preferred_element_type=jnp.float32)
-    return logits.reshape(*hidden.shape[:-1], -1)
+    return blocks.dense(hidden, kernel, round_to=jnp.float32)
 
 
 def _run(

@@ -79,16 +79,54 @@ def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def dense(x: jax.Array, kernel: jax.Array | LoraKernel) -> jax.Array:
+def matmul(x: jax.Array, y: jax.Array, *, round_to: Any = None) -> jax.Array:
+    """x [..., M, D] @ y [..., D, N] of one dtype, summed in float32.
+
+    CPUs are asked for float32 results, and rounding follows: their kernels for 16-bit results
+    convert both operands first, which takes two to ten times as long where the processor has
+    bfloat16 instructions. So does a single row.
+
+    Args:
+      x, y: the operands.
+      round_to: dtype of the result; None = x's.
+
+    Returns:
+      [..., M, N].
+    """
+    dtype = jnp.dtype(round_to or x.dtype)
+    if x.dtype.itemsize > 2 or jax.default_backend() != "cpu":
+        return jnp.matmul(x, y, preferred_element_type=dtype)
+    single = x.ndim == 2 and x.shape[0] == 1
+    sums = jnp.matmul(
+        jnp.pad(x, ((0, 1), (0, 0))) if single else x, y, preferred_element_type=jnp.float32
+    )
+    return (sums[:1] if single else sums).astype(dtype)
+
+
+def between_products(dtype: Any) -> Any:
+    """The dtype in which activations of `dtype` are kept from one product to the next.
+
+    CPUs emulate 16-bit arithmetic: there, rounding once, before the next product, is faster.
+    """
+    dtype = jnp.dtype(dtype)
+    return (
+        jnp.dtype(jnp.float32) if dtype.itemsize < 4 and jax.default_backend() == "cpu" else dtype
+    )
+
+
+def dense(x: jax.Array, kernel: jax.Array | LoraKernel, *, round_to: Any = None) -> jax.Array:
     """x [..., D] times kernel [D, *out] -> [..., *out], in x's dtype; plus an adapter's part.
+
+    `round_to` names another dtype for the result, as float32 for logits.
 
     The leading axes are merged first: on CPU a weight gradient that contracts over two axes is
     more than twice as slow as the same gradient of a plain matrix product.
     """
     if isinstance(kernel, LoraKernel):
-        y = dense(x, kernel.base)
+        y = dense(x, kernel.base, round_to=round_to)
         return y + kernel.delta(x).reshape(y.shape)
-    flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
+    matrix = kernel.reshape(kernel.shape[0], -1).astype(x.dtype)
+    flat = matmul(x.reshape(-1, x.shape[-1]), matrix, round_to=round_to)
     return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -137,7 +175,7 @@ def attend(query: jax.Array, *contexts: Context) -> jax.Array:
     batch, length, heads, head_dim = query.shape
     groups = contexts[0].key.shape[1]
     q = query.transpose(0, 2, 1, 3).reshape(batch, groups, -1, head_dim)  # [B, H_kv, g*T, K]
-    lowest = jnp.finfo(jnp.float32).min
+    lowest, wide = jnp.finfo(jnp.float32).min, between_products(query.dtype)
 
     def scores_of(context: Context) -> jax.Array:
         scores = jnp.matmul(q, context.key, preferred_element_type=jnp.float32) * head_dim**-0.5
@@ -149,16 +187,17 @@ def attend(query: jax.Array, *contexts: Context) -> jax.Array:
     scores = [scores_of(context) for context in contexts]
     if len(contexts) == 1:
         weights = jax.nn.softmax(scores[0], axis=-1).astype(query.dtype)
-        out = jnp.matmul(weights, contexts[0].value)
+        out = matmul(weights, contexts[0].value, round_to=wide)
     else:
         peak = jnp.stack([part.max(-1, keepdims=True) for part in scores]).max(0)
         powers = [jnp.exp(part - peak) for part in scores]
         total = sum(part.sum(-1, keepdims=True) for part in powers)
         parts = [
-            jnp.matmul(power.astype(query.dtype), context.value)
+            matmul(power.astype(query.dtype), context.value, round_to=wide)
             for power, context in zip(powers, contexts, strict=True)
         ]
-        out = sum(parts[1:], parts[0]) / jnp.asarray(total).astype(query.dtype)
+        out = sum(parts[1:], parts[0]) / jnp.asarray(total).astype(wide)
+    out = out.astype(query.dtype)
     return out.reshape(batch, heads, length, head_dim).transpose(0, 2, 1, 3)
 
 
@@ -207,32 +246,34 @@ def attention(
     return attend(query, Context(*cache_layout(key, value), mask))
 
 
-def project(x: jax.Array, linear: Params) -> jax.Array:
+def project(x: jax.Array, linear: Params, *, round_to: Any = None) -> jax.Array:
     """x [..., D] through a linear map: kernel [D, *out] and, where there is one, bias [*out]."""
-    y = dense(x, linear["kernel"])
+    y = dense(x, linear["kernel"], round_to=round_to)
     return y + linear["bias"].astype(y.dtype) if "bias" in linear else y
 
 
 def project_query(attn: Params, u: jax.Array, rope: Rope, eps: float) -> jax.Array:
     """Rotated queries [B, T, H, K] of the normalised input u [B, T, D]."""
-    query = project(u, attn["q"])
+    query = project(u, attn["q"], round_to=between_products(u.dtype))
     if "q_norm" in attn:
         query = rms_norm(query, attn["q_norm"]["scale"], eps)
-    return apply_rope(query, rope)
+    return apply_rope(query, rope).astype(u.dtype)
 
 
 def project_key_value(attn: Params, u: jax.Array, rope: Rope, eps: float) -> KeyValue:
     """Rotated keys and values, each [B, S, H_kv, K], of the normalised input u [B, S, D]."""
-    key = project(u, attn["k"])
+    key = project(u, attn["k"], round_to=between_products(u.dtype))
     if "k_norm" in attn:
         key = rms_norm(key, attn["k_norm"]["scale"], eps)
-    return apply_rope(key, rope), project(u, attn["v"])
+    return apply_rope(key, rope).astype(u.dtype), project(u, attn["v"])
 
 
 def swiglu(mlp: Params, x: jax.Array) -> jax.Array:
     """W_down(silu(W_gate x) * W_up x) on x [..., D]."""
-    hidden = jax.nn.silu(dense(x, mlp["gate"]["kernel"])) * dense(x, mlp["up"]["kernel"])
-    return dense(hidden, mlp["down"]["kernel"])
+    wide = between_products(x.dtype)
+    gate = dense(x, mlp["gate"]["kernel"], round_to=wide)
+    hidden = jax.nn.silu(gate) * dense(x, mlp["up"]["kernel"], round_to=wide)
+    return dense(hidden.astype(x.dtype), mlp["down"]["kernel"])
 
 
 def pre_norm_layer(

@@ -330,7 +330,7 @@ def final_states(params: Params, cfg: DiTConfig, hidden: jax.Array, mods: Modula
 
 def head(params: Params, states: jax.Array) -> jax.Array:
     """Raw float32 output [..., V] of `final_states` [..., D]."""
-    return layers.project(states, params["final"]["linear"]).astype(jnp.float32)
+    return layers.project(states, params["final"]["linear"], round_to=jnp.float32)
 
 
 def network_output(

@@ -211,7 +211,7 @@ def decode(
 def head(params: Params, cfg: E2D2Config, hidden: jax.Array) -> jax.Array:
     """Raw float32 logits [..., V] of decoder states [..., D]."""
     kernel = params["embed"]["embedding"].T if cfg.tie_head else params["head"]["kernel"]
-    return layers.dense(hidden, kernel).astype(jnp.float32)
+    return layers.dense(hidden, kernel, round_to=jnp.float32)
 
 
 def subs_log_probs(logits: jax.Array, noisy_ids: jax.Array, mask_id: int) -> jax.Array:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from common.lm import layers
 from common.lm.layers import Params, Rope
+from reoac_jax.backbone import few_rows
 from reoac_jax.backbone.e2d2 import E2D2Config, rope_of
+from reoac_jax.sampling import summarise_scores
 
 
 class LayerWeights(NamedTuple):
@@ -117,9 +119,15 @@ def decode_weights(params: Params, cfg: E2D2Config) -> DecodeWeights:
     else:
         decoder = split(params["decoder"]["layers"], cfg.num_decoder_layers)
         decoder_norm = jnp.asarray(params["decoder"]["norm_final"]["scale"])
+    embedding = jnp.asarray(params["embed"]["embedding"]).astype(dtype)
+    head = None if cfg.tie_head else matrix(params["head"]["kernel"])
+    if head is None and dtype.itemsize < 4 and jax.default_backend() == "cpu":
+        # CPUs have no 16-bit routine for a transposed matrix: without this copy the head would
+        # take ten times as long.
+        head = jax.lax.optimization_barrier(embedding.T)
     return DecodeWeights(
-        embedding=jnp.asarray(params["embed"]["embedding"]).astype(dtype),
-        head=None if cfg.tie_head else matrix(params["head"]["kernel"]),
+        embedding=embedding,
+        head=head,
         encoder=encoder[: encoder_depth(cfg)],
         encoder_norm=encoder_norm,
         decoder=decoder,
@@ -129,7 +137,7 @@ def decode_weights(params: Params, cfg: E2D2Config) -> DecodeWeights:
 
 # ---------------------------------------------------------------------------------------- layers
 def _linear(x: jax.Array, matrix: jax.Array, bias: jax.Array | None) -> jax.Array:
-    y = layers.dense(x, matrix)
+    y = layers.dense(x, matrix, round_to=layers.between_products(x.dtype))
     return y if bias is None else y + bias
 
 
@@ -140,7 +148,8 @@ def _key_value(weights: LayerWeights, cfg: E2D2Config, u: jax.Array, rope: Rope)
     key = both[:, :, 0]
     if weights.key_norm is not None:
         key = layers.rms_norm(key, weights.key_norm, cfg.rms_eps)
-    return LayerCache(*layers.cache_layout(layers.apply_rope(key, rope), both[:, :, 1]))
+    key = layers.apply_rope(key, rope).astype(u.dtype)
+    return LayerCache(*layers.cache_layout(key, both[:, :, 1].astype(u.dtype)))
 
 
 def _attend(
@@ -183,12 +192,12 @@ def _layer(
     query = query.reshape(*x.shape[:2], cfg.num_heads, cfg.head_dim)
     if weights.query_norm is not None:
         query = layers.rms_norm(query, weights.query_norm, cfg.rms_eps)
-    query = layers.apply_rope(query, rope)
+    query = layers.apply_rope(query, rope).astype(x.dtype)
     own = _key_value(weights, cfg, u, rope)
     x = x + layers.dense(_attend(query, own, own_mask, context, context_mask), weights.output)
     u = layers.rms_norm(x, weights.norm_mlp, cfg.rms_eps)
-    gate, up = jnp.split(layers.dense(u, weights.gate_up), 2, axis=-1)
-    return x + layers.dense(jax.nn.silu(gate) * up, weights.down), own
+    gate, up = jnp.split(_linear(u, weights.gate_up, None), 2, axis=-1)
+    return x + layers.dense((jax.nn.silu(gate) * up).astype(x.dtype), weights.down), own
 
 
 # ---------------------------------------------------------------------------------- the network
@@ -305,4 +314,14 @@ def denoise_hidden(
 def head_logits(weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
     """Raw logits [..., V] float32 of decoder states [..., D]."""
     kernel = weights.embedding.T if weights.head is None else weights.head
-    return layers.dense(hidden, kernel).astype(jnp.float32)
+    return layers.dense(hidden, kernel, round_to=jnp.float32)
+
+
+def best_tokens(
+    weights: DecodeWeights, states: jax.Array, suppress_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """Best token [R] and its probability [R] of states [R, D]; `suppress_id` is never the best."""
+    if weights.head is None and states.shape[0] <= few_rows.MAX_ROWS:
+        return few_rows.best_tokens(weights.embedding, states, suppress_id)
+    summary = summarise_scores(head_logits(weights, states)[None], suppress_id=suppress_id)
+    return summary.best[0], summary.confidence[0]

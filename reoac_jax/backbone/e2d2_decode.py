@@ -27,6 +27,7 @@ from reoac_jax.backbone.e2d2 import E2D2Config, rope_of
 from reoac_jax.backbone.e2d2_cache import (
     Caches,
     DecodeWeights,
+    best_tokens,
     commit,
     decode_weights,
     denoise_hidden,
@@ -293,9 +294,9 @@ def _denoise_block(
         count = state.block * num_steps + inner.step
         keys = jax.vmap(lambda k: jax.random.fold_in(k, count))(row_keys)
         if trace is None and reads_open_only(settings):
-            head = functools.partial(head_logits, weights)
+            best = functools.partial(best_tokens, weights, suppress_id=cfg.mask_id)
             share = noise_share[inner.step]
-            token, write = predict_open_step(head, hidden, masked, share, keys, cfg, settings)
+            token, write = predict_open_step(best, hidden, masked, share, keys, cfg, settings)
             return _Denoising(inner.step + 1, jnp.where(masked & write, token, inner.ids), None)
         logits = head_logits(weights, hidden)
         if trace is not None:
