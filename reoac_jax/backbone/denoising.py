@@ -2,21 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
 from reoac_jax.backbone.e2d2 import NEG_INF, E2D2Config
-from reoac_jax.backbone.few_rows import MAX_ROWS, padded_rows
 from reoac_jax.sampling import summarise_scores
 from reoac_jax.selection import descending_rank
 from reoac_jax.unmasking import unmask
 
 STRATEGIES = ("predict_and_noise", "posterior")
 CONFIDENCES = ("probability", "margin", "none")
-_PARTS = 4  # sizes of the head's input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +113,7 @@ def predict_step(
 
 def predict_open_step(
     best_tokens: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    sizes: Sequence[int],
     hidden: jax.Array,
     masked: jax.Array,
     noise_share: jax.Array,
@@ -129,23 +128,23 @@ def predict_open_step(
 
     Args:
         best_tokens: states [R, D] -> best token but the mask and its probability, each [R].
+        sizes: Rows it may be given, ascending, the last at least B * S; every one is compiled.
         hidden: [B, S, D] states.
         masked, noise_share, keys, cfg, settings: as in `predict_step`; see `reads_open_only`.
     """
     batch, size, width = hidden.shape
     total = batch * size
     order = jnp.argsort(~masked.reshape(-1), stable=True)  # masked ones first
-    counts = _head_sizes(total)
-    rows = jnp.pad(hidden.reshape(total, width)[order], ((0, max(counts[-1] - total, 0)), (0, 0)))
+    rows = jnp.pad(hidden.reshape(total, width)[order], ((0, sizes[-1] - total), (0, 0)))
 
     def summarise(count: int) -> tuple[jax.Array, jax.Array]:
         best, confidence = best_tokens(rows[:count])
         pad = (0, max(total - count, 0))
         return jnp.pad(best, pad)[:total], jnp.pad(confidence, pad)[:total]
 
-    branch = jnp.searchsorted(jnp.asarray(counts), jnp.sum(masked))
-    branches = [functools.partial(summarise, count) for count in counts]
-    best, confidence = jax.lax.switch(jnp.minimum(branch, len(counts) - 1), branches)
+    branch = jnp.searchsorted(jnp.asarray(sizes), jnp.sum(masked))
+    branches = [functools.partial(summarise, count) for count in sizes]
+    best, confidence = jax.lax.switch(branch, branches)
     token = jnp.zeros(total, best.dtype).at[order].set(best).reshape(batch, size)
     probability = jnp.zeros(total).at[order].set(confidence).reshape(batch, size)
     sureness = probability
@@ -153,16 +152,6 @@ def predict_open_step(
         order_key = jax.vmap(jax.random.split)(keys)[:, 1]
         sureness = jax.vmap(lambda k: jax.random.uniform(k, (size,)))(order_key)
     return token, keep_surest(sureness, probability, masked, noise_share, settings)
-
-
-def _head_sizes(total: int) -> list[int]:
-    """How many states the head may be given for up to `total` masked positions, ascending.
-
-    Sizes are static; quarters of the block keep what is computed in vain below a quarter. Small
-    ones are rounded up to what `best_tokens` is fastest at.
-    """
-    quarters = [-(-total * part // _PARTS) for part in range(1, _PARTS + 1)]
-    return sorted({padded_rows(n) if n <= MAX_ROWS else n for n in quarters})
 
 
 def reads_open_only(settings: DecodeSettings) -> bool:

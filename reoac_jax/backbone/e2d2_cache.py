@@ -16,6 +16,8 @@ from reoac_jax.backbone import few_rows
 from reoac_jax.backbone.e2d2 import E2D2Config, rope_of
 from reoac_jax.sampling import summarise_scores
 
+_PARTS = 4  # sizes of the head's input
+
 
 class LayerWeights(NamedTuple):
     """One layer; matrices are [inputs, outputs] in the activation dtype."""
@@ -325,3 +327,16 @@ def best_tokens(
         return few_rows.best_tokens(weights.embedding, states, suppress_id)
     summary = summarise_scores(head_logits(weights, states)[None], suppress_id=suppress_id)
     return summary.best[0], summary.confidence[0]
+
+
+def head_sizes(weights: DecodeWeights, total: int) -> list[int]:
+    """Numbers of states, ascending, among which `best_tokens` of up to `total` states may choose.
+
+    Sizes are static; quarters keep what is computed in vain below a quarter. Small ones are rounded
+    up where `few_rows` is used, which is faster with 32 rows than with 24.
+    """
+    quarters = [-(-total * part // _PARTS) for part in range(1, _PARTS + 1)]
+    if weights.head is None:
+        few = few_rows.MAX_ROWS
+        quarters = [few_rows.padded_rows(n) if n <= few else n for n in quarters]
+    return sorted(set(quarters))

@@ -33,6 +33,7 @@ from reoac_jax.backbone.e2d2_cache import (
     denoise_hidden,
     empty_caches,
     head_logits,
+    head_sizes,
 )
 
 LAST_TIME = 1e-5
@@ -295,8 +296,10 @@ def _denoise_block(
         keys = jax.vmap(lambda k: jax.random.fold_in(k, count))(row_keys)
         if trace is None and reads_open_only(settings):
             best = functools.partial(best_tokens, weights, suppress_id=cfg.mask_id)
-            share = noise_share[inner.step]
-            token, write = predict_open_step(best, hidden, masked, share, keys, cfg, settings)
+            share, sizes = noise_share[inner.step], head_sizes(weights, masked.size)
+            token, write = predict_open_step(
+                best, sizes, hidden, masked, share, keys, cfg, settings
+            )
             return _Denoising(inner.step + 1, jnp.where(masked & write, token, inner.ids), None)
         logits = head_logits(weights, hidden)
         if trace is not None:

@@ -359,6 +359,6 @@ def test_head_on_masked_positions_alone_changes_nothing(confidence, share_open):
         summary = summarise_scores((states @ kernel)[None], suppress_id=BASE.mask_id)
         return summary.best[0], summary.confidence[0]
 
-    found, chosen = predict_open_step(best, hidden, masked, *rest)
+    found, chosen = predict_open_step(best, [8, 20], hidden, masked, *rest)
     np.testing.assert_array_equal(chosen & masked, write & masked)
     np.testing.assert_array_equal(jnp.where(masked, found, 0), jnp.where(masked, token, 0))
