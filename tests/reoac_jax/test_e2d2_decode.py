@@ -197,7 +197,7 @@ def test_prompt_lengths_do_not_recompile():
     assert e2d2_decode._generate._cache_size() == before
 
 
-@pytest.mark.parametrize("variant", sorted(VARIANTS))
+@pytest.mark.parametrize("variant", ["last_hidden", "shared_tied"])
 def test_bfloat16_stays_close_to_float32(variant):
     cfg = dataclasses.replace(VARIANTS[variant], dtype="bfloat16")
     exact, half = run(variant, PROMPTS), run(variant, PROMPTS, cfg=cfg)

@@ -9,7 +9,7 @@ from reoac_jax.backbone.few_rows import best_tokens, padded_rows
 from reoac_jax.sampling import summarise_scores
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize(
     ("vocab", "suppressed"), [(7, 6), (256, -1), (300, 0), (5003, 2501), (5003, 5002), (5003, -1)]
 )
