@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 ARGS   ?=
 # Test processes; most of a test's time is compilation, which uses one core.
 WORKERS ?= 2
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The CUDA set where there is an NVIDIA driver, else the CPU set; REQUIREMENTS=FILE overrides.
 ifneq ($(shell command -v nvidia-smi 2>/dev/null),)

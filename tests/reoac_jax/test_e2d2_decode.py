@@ -207,8 +207,7 @@ def test_bfloat16_stays_close_to_float32(variant):
     assert 1e-6 < np.mean(np.abs(found - wanted)) < 0.01 * np.max(np.abs(wanted))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("float32", 9), ("bfloat16", 3)])
 def test_the_head_on_masked_positions_decodes_the_same(dtype, count):
     """Up to 32 states take the head with the vocabulary in front, more the ordinary one."""
     cfg = dataclasses.replace(VARIANTS["shared_tied"], dtype=dtype)
