@@ -13,8 +13,8 @@ from tests.common import group_work
 from tests.common.groups import run_group
 
 # Compiling is most of the time: the other halves of these are among the slow tests below.
-TASKS = {2: ("halting_fsdp", "save", "primitives"), 4: ("restore",)}
-MORE = {2: ("halting", "reoac_fsdp"), 4: ("reoac", "reoac_fsdp", "halting_fsdp", "primitives")}
+TASKS = {2: ("reoac_fsdp", "halting_fsdp", "save", "primitives"), 4: ("restore",)}
+MORE = {2: ("halting",), 4: ("reoac", "reoac_fsdp", "halting_fsdp", "primitives")}
 pytestmark = pytest.mark.timeout(900)
 
 
@@ -44,8 +44,9 @@ def check(directory: Path, name: str, groups: dict[int, tuple[str, ...]]) -> Non
         same(directory, task, reference)
 
 
-def test_training_steps(directory: Path) -> None:
-    check(directory, "halting", TASKS)
+@pytest.mark.parametrize("name", ["reoac", "halting"])
+def test_training_steps(directory: Path, name: str) -> None:
+    check(directory, name, TASKS)
 
 
 @pytest.mark.slow

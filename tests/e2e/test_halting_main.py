@@ -29,7 +29,7 @@ KINDS = {
     "pondernet": (PARITY, "--config.act.kind=pondernet"),
 }
 # Their compiled programs take long; make test-all runs them.
-SLOW = {"addition", "maze_act", "maze_trm", "maze_ut", "pondernet"}
+SLOW = {"addition", "maze_act", "maze_trm", "pondernet"}
 Main = Callable[..., int | None]
 
 

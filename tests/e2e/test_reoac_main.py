@@ -96,7 +96,6 @@ def test_a_killed_run_continues_bit_for_bit(finished: tuple[Path, str], tmp_path
     assert_same_run(workdir, finished[0])
 
 
-@pytest.mark.slow
 def test_paper_stops_on_request_and_continues(
     main: Main,
     tmp_path: Path,
