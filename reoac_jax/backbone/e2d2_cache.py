@@ -319,11 +319,16 @@ def head_logits(weights: DecodeWeights, hidden: jax.Array) -> jax.Array:
     return layers.dense(hidden, kernel, round_to=jnp.float32)
 
 
+def _vocabulary_in_front(weights: DecodeWeights) -> bool:
+    """Whether `few_rows` serves the head: what it is faster than is a routine of CPUs."""
+    return weights.head is None and jax.default_backend() == "cpu"
+
+
 def best_tokens(
     weights: DecodeWeights, states: jax.Array, suppress_id: int
 ) -> tuple[jax.Array, jax.Array]:
     """Best token [R] and its probability [R] of states [R, D]; `suppress_id` is never the best."""
-    if weights.head is None and states.shape[0] <= few_rows.MAX_ROWS:
+    if _vocabulary_in_front(weights) and states.shape[0] <= few_rows.MAX_ROWS:
         return few_rows.best_tokens(weights.embedding, states, suppress_id)
     summary = summarise_scores(head_logits(weights, states)[None], suppress_id=suppress_id)
     return summary.best[0], summary.confidence[0]
@@ -336,7 +341,7 @@ def head_sizes(weights: DecodeWeights, total: int) -> list[int]:
     up where `few_rows` is used, which is faster with 32 rows than with 24.
     """
     quarters = [-(-total * part // _PARTS) for part in range(1, _PARTS + 1)]
-    if weights.head is None:
+    if _vocabulary_in_front(weights):
         few = few_rows.MAX_ROWS
         quarters = [few_rows.padded_rows(n) if n <= few else n for n in quarters]
     return sorted(set(quarters))
