@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -228,5 +229,22 @@ def machine() -> dict[str, Any]:
         "platform": jax.default_backend(),
         "devices": jax.device_count(),
         "cpu_count": os.cpu_count(),
+        **processor(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
     }
+
+
+def processor(source: str = "/proc/cpuinfo") -> dict[str, Any]:
+    """Model and bfloat16 instructions of the CPU, as far as the system tells.
+
+    Ratios differ between processors, those in bfloat16 above all.
+    """
+    try:
+        lines = Path(source).read_text().splitlines()
+    except OSError:
+        return {"cpu": platform.processor() or platform.machine(), "cpu_bfloat16": None}
+    fields = dict(reversed([line.partition(":")[::2] for line in lines if ":" in line]))
+    named = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = named.get("flags", named.get("Features", "")).split()
+    bfloat16 = sorted({"amx_bf16", "avx512_bf16", "bf16"}.intersection(flags))
+    return {"cpu": named.get("model name", platform.machine()), "cpu_bfloat16": bfloat16}

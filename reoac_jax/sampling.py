@@ -7,6 +7,7 @@ vocabulary by its mass, a second one the token inside it. That needs 2 random nu
 instead of V.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jax import lax
 # exp(-200) is 0 in float32, so a floor here makes 0 * (-inf) a plain 0 * (-200) = 0.
 _FLOOR = -200.0
 _BLOCK_ELEMENTS = 2**19
+_SHORTEST_CHUNK, _LONGEST_CHUNK = 32, 2048
 
 
 class ScoreSummary(NamedTuple):
@@ -100,6 +102,34 @@ def summarise_scores(
         class_mass=shaped(mass / jnp.maximum(total, 1e-30)[:, None]),
         sampled=shaped(sampled),
     )
+
+
+def best_of_rows(rows: jax.Array, suppress_id: int = -1) -> tuple[jax.Array, jax.Array]:
+    """Best token and confidence of a few rows of scores, as `summarise_scores` gives them.
+
+    Two passes over all rows at once: what they read is small enough for the cache, and on CPUs
+    that runs on all threads, which blocks of rows do not. With many rows it is no faster.
+
+    Args:
+        rows: [R, V] float32 unnormalised log-probabilities; -inf allowed.
+        suppress_id: token id that counts as impossible; -1 = none.
+
+    Returns:
+        (first token of highest score [R] int32, its softmax probability [R] float32).
+    """
+
+    # Without a remainder nothing has to be copied.
+    chunk = _even_chunk_size(rows.shape[1])
+
+    def shifted(start: int, stop: int) -> jax.Array:
+        return jnp.exp(rows[:, start:stop] - peak[:, None])
+
+    peaks = _reduce_chunks(lambda i, j: rows[:, i:j], rows.shape, "max", chunk, suppress_id)
+    # Without barriers the compiler joins both levels of a reduction and runs that on one thread.
+    peak, best = _first_best(rows, lax.optimization_barrier(peaks), chunk, suppress_id)
+    sums = _reduce_chunks(shifted, rows.shape, "sum", chunk, suppress_id)
+    total = jnp.sum(lax.optimization_barrier(sums), axis=1)
+    return best, 1.0 / jnp.maximum(total, 1e-30)
 
 
 def logit_entropy(
@@ -191,35 +221,15 @@ def _summarise_block(
     """
     count, width = rows.shape
     chunk = _chunk_size(width)
-    chunks = width // chunk
-    split = chunks * chunk
     rows = rows.astype(jnp.float32)
 
     def reduce_chunks(x: jax.Array, kind: str) -> jax.Array:
-        """[R, V] -> [R, chunks (+ 1 for the remainder)], without the suppressed column."""
-        parts = [getattr(x[:, :split].reshape(count, chunks, chunk), kind)(axis=2)]
-        if split < width:
-            parts.append(getattr(x[:, split:], kind)(axis=1, keepdims=True))
-        reduced = jnp.concatenate(parts, axis=1)
-        if suppress_id < 0:
-            return reduced
-        # Redoing one chunk is far cheaper than writing -inf into a copy of the block.
-        owner = suppress_id // chunk
-        part = x[:, owner * chunk : (owner + 1) * chunk]
-        void = -jnp.inf if kind == "max" else 0.0
-        part = jnp.where(jnp.arange(part.shape[1]) == suppress_id - owner * chunk, void, part)
-        return reduced.at[:, owner].set(getattr(part, kind)(axis=1))
+        return _reduce_chunks(lambda i, j: x[:, i:j], x.shape, kind, chunk, suppress_id)
 
     def without_suppressed(total: jax.Array, x: jax.Array) -> jax.Array:
         return total - x[:, suppress_id] if suppress_id >= 0 else total
 
-    peaks = reduce_chunks(rows, "max")
-    peak = jnp.max(peaks, axis=1)
-    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    # First chunk that holds the maximum, then the first place inside it: the first arg-max.
-    best_chunk = jnp.argmax(peaks, axis=1)
-    inside, places = _gather_chunk(rows, best_chunk, chunk, suppress_id)
-    best = jnp.take_along_axis(places, jnp.argmax(inside, axis=1)[:, None], axis=1)[:, 0]
+    peak, best = _first_best(rows, reduce_chunks(rows, "max"), chunk, suppress_id)
 
     # The upper bound only concerns the suppressed column, which `peak` does not cover.
     shifted = jnp.clip(rows - peak[:, None], _FLOOR, 0.0)
@@ -246,12 +256,70 @@ def _summarise_block(
         if suppress_id >= 0:
             table = table.at[suppress_id].set(0.0)
         mass = jnp.dot(weight, table, precision=lax.Precision.HIGHEST)
-    return best.astype(jnp.int32), sampled.astype(jnp.int32), peak, total, weighted, mass
+    return best, sampled.astype(jnp.int32), peak, total, weighted, mass
+
+
+def _reduce_chunks(
+    read: Callable[[int, int], jax.Array],
+    shape: tuple[int, ...],
+    kind: str,
+    chunk: int,
+    suppress_id: int,
+) -> jax.Array:
+    """Chunks of the columns reduced, without the suppressed one.
+
+    Args:
+        read: columns start .. stop - 1 of an array of `shape` [R, V].
+        shape: (R, V).
+        kind: "max" | "sum".
+        chunk: size of a chunk.
+        suppress_id: the column left out; -1 = none.
+
+    Returns:
+        [R, chunks (+ 1 for the remainder)].
+    """
+    count, width = shape
+    chunks = width // chunk
+    split = chunks * chunk
+    parts = [getattr(read(0, split).reshape(count, chunks, chunk), kind)(axis=2)]
+    if split < width:
+        parts.append(getattr(read(split, width), kind)(axis=1, keepdims=True))
+    reduced = jnp.concatenate(parts, axis=1)
+    if suppress_id < 0:
+        return reduced
+    # Redoing one chunk is far cheaper than writing -inf into a copy of the block.
+    owner = suppress_id // chunk
+    part = read(owner * chunk, min((owner + 1) * chunk, width))
+    void = -jnp.inf if kind == "max" else 0.0
+    part = jnp.where(jnp.arange(part.shape[1]) == suppress_id - owner * chunk, void, part)
+    return reduced.at[:, owner].set(getattr(part, kind)(axis=1))
+
+
+def _first_best(
+    rows: jax.Array, peaks: jax.Array, chunk: int, suppress_id: int
+) -> tuple[jax.Array, jax.Array]:
+    """(highest score or 0 where none is finite, its first column int32) of rows [R, V], each [R].
+
+    `peaks` [R, N] are the maxima of the chunks.
+    """
+    peak = jnp.max(peaks, axis=1)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
+    # First chunk that holds the maximum, then the first place inside it: the first arg-max.
+    owner = jnp.argmax(peaks, axis=1)
+    inside, places = _gather_chunk(rows, owner, chunk, suppress_id)
+    best = jnp.take_along_axis(places, jnp.argmax(inside, axis=1)[:, None], axis=1)[:, 0]
+    return peak, best.astype(jnp.int32)
 
 
 def _chunk_size(width: int) -> int:
     """Power of two near the root of the vocabulary size: both levels are then equally short."""
     return min(width, 2 ** round(np.log2(max(width, 1)) / 2))
+
+
+def _even_chunk_size(width: int) -> int:
+    """The greatest divisor of the vocabulary size that is not too long; if short, `_chunk_size`."""
+    even = max(size for size in range(1, min(width, _LONGEST_CHUNK) + 1) if width % size == 0)
+    return even if even >= _SHORTEST_CHUNK else _chunk_size(width)
 
 
 def _scaled(shifted: jax.Array, temperature: float) -> jax.Array:

@@ -14,7 +14,7 @@ from common.lm import layers
 from common.lm.layers import Params, Rope
 from reoac_jax.backbone import few_rows
 from reoac_jax.backbone.e2d2 import E2D2Config, rope_of
-from reoac_jax.sampling import summarise_scores
+from reoac_jax.sampling import best_of_rows, summarise_scores
 
 _PARTS = 4  # sizes of the head's input
 
@@ -328,9 +328,13 @@ def best_tokens(
     weights: DecodeWeights, states: jax.Array, suppress_id: int
 ) -> tuple[jax.Array, jax.Array]:
     """Best token [R] and its probability [R] of states [R, D]; `suppress_id` is never the best."""
-    if _vocabulary_in_front(weights) and states.shape[0] <= few_rows.MAX_ROWS:
+    few = states.shape[0] <= few_rows.MAX_ROWS
+    if few and _vocabulary_in_front(weights):
         return few_rows.best_tokens(weights.embedding, states, suppress_id)
-    summary = summarise_scores(head_logits(weights, states)[None], suppress_id=suppress_id)
+    logits = head_logits(weights, states)
+    if few and jax.default_backend() == "cpu":
+        return best_of_rows(logits, suppress_id)
+    summary = summarise_scores(logits[None], suppress_id=suppress_id)
     return summary.best[0], summary.confidence[0]
 
 

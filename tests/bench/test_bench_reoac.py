@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from bench import TraceCounter, take_turns
+from bench import TraceCounter, processor, take_turns
 from bench.reoac_rollout import main
 from bench.reoac_scenes import TINY
 
@@ -57,3 +57,14 @@ def test_ratios_are_taken_round_by_round() -> None:
     timings = take_turns({"a": lambda: jnp.zeros(()), "b": lambda: jnp.ones(())}, 3)
     pairs = zip(timings.seconds["a"], timings.seconds["b"], strict=True)
     assert timings.ratio("a", "b") == sorted(a / b for a, b in pairs)[1]
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    source = tmp_path / "cpuinfo"
+    core = "model name\t: Some CPU: 2\nflags\t\t: fpu avx512_bf16 amx_bf16\n"
+    source.write_text(f"processor\t: 0\n{core}\nprocessor\t: 1\n{core}")
+    assert processor(str(source)) == {
+        "cpu": "Some CPU: 2",
+        "cpu_bfloat16": ["amx_bf16", "avx512_bf16"],
+    }
+    assert processor(str(tmp_path / "none"))["cpu_bfloat16"] is None

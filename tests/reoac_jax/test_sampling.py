@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 
 from reoac_jax import sampling
 from reoac_jax.sampling import (
+    best_of_rows,
     entropy_and_sample,
     logit_entropy,
     row_keys,
@@ -46,6 +47,11 @@ def test_summary(width: int, suppress: int, block: int, monkeypatch: pytest.Monk
     np.testing.assert_allclose(found.entropy, entropy, atol=2e-6)
     np.testing.assert_allclose(found.log_norm, log_norm, rtol=1e-5)
     np.testing.assert_allclose(found.class_mass, probability @ classes, atol=1e-5)
+    best, confidence = jax.jit(best_of_rows, static_argnums=1)(
+        jnp.asarray(scores.reshape(15, width)), suppress
+    )
+    np.testing.assert_array_equal(best.reshape(3, 5), found.best)
+    np.testing.assert_allclose(confidence.reshape(3, 5), probability.max(-1), rtol=1e-5)
 
 
 def test_ties_go_to_the_first_token() -> None:
@@ -53,6 +59,7 @@ def test_ties_go_to_the_first_token() -> None:
     scores[0, 1, [40, 80]] = 1.0
     scores[0, 2, [88, 89]] = 1.0
     assert summarise_scores(jnp.asarray(scores)).best[0].tolist() == [0, 40, 88, 0]
+    assert best_of_rows(jnp.asarray(scores[0]))[0].tolist() == [0, 40, 88, 0]
 
 
 @pytest.mark.parametrize("low", [-np.inf, -1e12])
@@ -62,6 +69,7 @@ def test_impossible_tokens(low: float) -> None:
     scores[0, 1, [3, 9]] = 2.0
     entropy = logit_entropy(jnp.asarray(scores))
     np.testing.assert_allclose(entropy, [[0.0, np.log(2) / np.log(50)]], atol=1e-6)
+    np.testing.assert_allclose(best_of_rows(jnp.asarray(scores[0]))[1], [1.0, 0.5], atol=1e-6)
     keys = row_keys(jax.random.key(0), 0, jnp.arange(400))
     drawn = sample_tokens(keys, jnp.broadcast_to(scores, (400, 2, 50)), 5.0)
     assert set(np.asarray(drawn[:, 0])) == {7}
