@@ -38,7 +38,8 @@ class Sizes:
       features: (B, P, G).
       batches: of the episodes per second.
       score: (B, P, G, bucketed length, training length).
-      decode: (batch, P, G, block size); decoded: which networks, names of `decoding_networks`.
+      decode: (batch, P, G, block size); decoded: which networks, names of
+        `reoac_decode.decoding_network`.
     """
 
     batch: int = 0
@@ -183,31 +184,6 @@ def network(sizes: Sizes, block_size: int, length: int, mode: str) -> e2d2.E2D2C
         bos_id=sizes.vocab - 2,
         eos_id=sizes.vocab - 2,
         score_mode=mode,
-    )
-
-
-def decoding_network(name: str, sizes: Sizes) -> e2d2.E2D2Config:
-    """The random E2D2 of a row of block decoding: sizes, then the dtype unless it is float32.
-
-    "e2d2-owt sizes" are those of the release.
-    """
-    _, prompt_width, gen_len, block_size = sizes.decode
-    name, _, dtype = name.partition(", ")
-    if name == "bundled sizes":
-        sizes = dataclasses.replace(sizes, vocab=sizes.small_vocab, width=sizes.small_width)
-    cfg = network(sizes, block_size, prompt_width + gen_len, "blockwise")
-    cfg = dataclasses.replace(cfg, dtype=dtype or "float32")
-    if name != "e2d2-owt sizes":
-        return cfg
-    return dataclasses.replace(
-        cfg,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_encoder_layers=10,
-        num_decoder_layers=2,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=128,
     )
 
 
