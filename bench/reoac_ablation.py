@@ -36,6 +36,8 @@ FULL: dict[str, Any] = {
     "rollout.branch_steps": BRANCH_STEPS,
     "rollout.branching": True,
     "finetune_mode": "full",
+    "rollout.use_hidden": True,
+    "optim.anneal": False,
 }
 WITHOUT: dict[str, dict[str, Any]] = {
     "plus": {},

@@ -210,6 +210,7 @@ def large_scene(sizes: Sizes, algo: str, mode: str, shape: tuple[int, int, int, 
     config.finetune_mode = "full"
     config.backbone.sample_strategy = "sample"
     config.rollout.early_exit = False
+    config.rollout.use_hidden = True
     config.rollout.gen_len, config.rollout.max_steps = gen_len, horizon
     config.updates.backbone_batch = batch
     config.updates.backbone_rows = 0

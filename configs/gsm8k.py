@@ -54,6 +54,10 @@ def _embedded(c: ConfigDict) -> None:
     c.rollout.group_size = 4
     c.rollout.cost_lambda = 3.0  # a pass costs as much as 5 % accuracy
     c.rollout.save_relation = False
+    # 256 pooled states beside 15 features are more than 80 iterations can use, and at constant rates
+    # what the last iterations happen to draw decides (README, "What the policy learns").
+    c.rollout.use_hidden = False
+    c.optim.anneal = True
     # O_SCOPE writes what is sure on the whole canvas, O_NUM and O_OP in their class, O_FAST all
     # that is left, at twice the price: the policy decides when certainty is worth another pass.
     for name, threshold in (("O_NUM", 0.5), ("O_OP", 0.5), ("O_SCOPE", 0.7)):
@@ -83,6 +87,7 @@ def _tiny(c: ConfigDict) -> None:
     c.rollout.batch_size = 8
     c.rollout.group_size = 2
     c.rollout.save_relation = True
+    c.rollout.use_hidden = True
     c.num_iterations = 3
     c.episodes_per_iter = 16
     c.updates.minibatch = 32
@@ -104,6 +109,8 @@ def _paper(c: ConfigDict) -> None:
     c.rollout.group_size = 1
     c.rollout.cost_lambda = 0.01
     c.rollout.fallback_operator = "O_FAST"
+    c.rollout.use_hidden = True
+    c.optim.anneal = False
     c.backbone.sample_strategy = "sample"
     c.dataset.shuffle = False
     for name, k in (("O_NUM", 16), ("O_OP", 16), ("O_SCOPE", 32), ("O_BRANCH", 32), ("O_FAST", 64)):

@@ -165,6 +165,7 @@ def get_default_config() -> ConfigDict:
     c.optim.weight_decay = 0.01
     c.optim.grad_clip = 0.0  # global norm; 0 = off
     c.optim.warmup = 0  # optimizer steps
+    c.optim.anneal = False  # plus: rates fall linearly to 0 over num_iterations
 
     # The original's section `update`: that name is a method of ConfigDict. The command line accepts
     # --config.update.* as well.
@@ -352,8 +353,9 @@ def finalize(config: ConfigDict) -> list[str]:
         )
     if c.rollout.branching and c.operators.O_BRANCH.branch_depth < 1:
         raise UserError("config key operators.O_BRANCH.branch_depth must be at least 1 to branch")
-    if c.algo == "paper" and c.rollout.branching:
-        raise UserError("config key rollout.branching=True is not the original's rule: algo=plus")
+    for key in ("rollout.branching", "optim.anneal"):
+        if c.algo == "paper" and value_at(c, key):
+            raise UserError(f"config key {key}=True is not the original's rule: algo=plus")
     if not 0.0 <= c.lora.dropout < 1.0:
         raise UserError(f"config key lora.dropout={c.lora.dropout} must lie in [0, 1)")
     if c.finetune_mode == "lora" and c.parallel.fsdp:

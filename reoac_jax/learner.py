@@ -65,6 +65,7 @@ def make_update_plus(
         steps, canvas, reward, target = all_rows((episodes.steps, episodes.canvas, reward, target))
         final_ids = all_rows(episodes.final_ids)
         active = steps.active
+        rate = settings.rate(state.iteration)
         seen = normalise(state.stats, steps.features)  # [B, T, F]
         policy = jax.nn.softmax(
             losses.mask_logits(heads_apply(state.actor, seen), steps.valid), axis=-1
@@ -127,11 +128,11 @@ def make_update_plus(
             (_, actor_metrics), grads = jax.value_and_grad(actor_loss, has_aux=True)(actor)
             grads = jax.tree.map(lambda g: g * settings.weights[1], grads)
             updates, actor_opt = actor_tx.update(grads, actor_opt, actor)
-            actor = optax.apply_updates(actor, updates)
+            actor = optax.apply_updates(actor, optax.tree.scale(rate, updates))
             (_, critic_metrics), grads = jax.value_and_grad(critic_loss, has_aux=True)(critic)
             grads = jax.tree.map(lambda g: g * settings.weights[0], grads)
             updates, critic_opt = critic_tx.update(grads, critic_opt, critic)
-            critic = optax.apply_updates(critic, updates)
+            critic = optax.apply_updates(critic, optax.tree.scale(rate, updates))
             return (actor, critic, actor_opt, critic_opt), actor_metrics | critic_metrics
 
         def epoch(carry: Any, epoch_key: jax.Array) -> tuple[Any, Metrics]:
@@ -175,7 +176,8 @@ def make_update_plus(
             )
             part = backbone.finetuning.trainable(params)
             updates, backbone_opt = backbone_tx.update(grads, backbone_opt, part)
-            params = backbone.finetuning.replace(params, optax.apply_updates(part, updates))
+            part = optax.apply_updates(part, optax.tree.scale(rate, updates))
+            params = backbone.finetuning.replace(params, part)
             metrics |= backbone_metrics
         else:
             metrics["backbone/loss"] = jnp.float32(0.0)

@@ -78,6 +78,7 @@ class LearnerSettings:
     actor_steps: int
     backbone_steps: int
     weights: tuple[float, float, float]
+    anneal_over: int  # iterations; 0 = constant rates
     actor_dropout: float
     critic_dropout: float
     optim: tuple[tuple[str, float], ...]
@@ -114,9 +115,16 @@ class LearnerSettings:
             backbone_steps=update.backbone_steps,
             actor_dropout=config.actor.dropout,
             critic_dropout=config.critic.dropout,
+            anneal_over=config.num_iterations if config.optim.anneal else 0,
             weights=(loss.critic_weight, loss.actor_weight, loss.backbone_weight),
             optim=tuple(sorted(config.optim.items())),
         )
+
+    def rate(self, iteration: jax.Array) -> jax.Array | float:
+        """What updates of an iteration are multiplied by: linear from 1 to 0, or constant 1."""
+        if not self.anneal_over:
+            return 1.0
+        return jnp.maximum(1.0 - iteration / self.anneal_over, 0.0)
 
     def optimizer(self, name: str, layout: Layout | None = None) -> optax.GradientTransformation:
         """AdamW of "actor", "critic" or "backbone"; layout: where its parameters lie."""

@@ -97,6 +97,14 @@ def test_unknown_variant_names_the_known_ones(path: Path) -> None:
         assert variant in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["rollout.branching", "optim.anneal"])
+def test_the_original_refuses_rules_of_plus(key: str) -> None:
+    config = flags.load_config(str(REPOSITORY / "configs/gsm8k.py:paper"))
+    config.update_from_flattened_dict({key: True})
+    with pytest.raises(flags.UserError, match=f"{key}=True is not the original's rule"):
+        importlib.import_module("reoac_jax.defaults").finalize(config)
+
+
 def test_every_key_is_read() -> None:
     for package in sorted({_package(flags.load_config(str(path))) for path in FILES}):
         default = _defaults(package)

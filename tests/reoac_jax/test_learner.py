@@ -105,6 +105,28 @@ def test_plus_changes_everything_once(plus: dict[str, Any]) -> None:
     close(after.target_critic, slow)
 
 
+def test_annealed_rates_fall_to_zero(plain_descent: None) -> None:
+    settings = learner_settings(anneal_over=4, epochs=1, minibatch=len(ROWS) * HORIZON)
+    update = compiled(settings)
+    episodes = made_up_episodes(ROWS, HORIZON, FEATURES)
+    inputs = (jnp.asarray([1.0, 0, 1, 1, 0, 0.5]), made_up_targets(ROWS), jax.random.key(5))
+    names = ("actor", "critic", "backbone")
+    before, moves = fresh(settings), {}
+    for iteration in (0, 3, 4, 5):
+        state = replace(fresh(settings), iteration=replicate(make_mesh(1), jnp.int32(iteration)))
+        after, _ = update(state, episodes, *inputs)
+        moves[iteration] = {
+            name: jax.tree.map(jnp.subtract, getattr(after, name), getattr(before, name))
+            for name in names
+        }
+    for name in names:
+        assert not same(moves[0][name], moves[4][name]), name
+    close(moves[3], jax.tree.map(lambda x: x / 4, moves[0]))
+    for iteration in (4, 5):
+        assert not any(np.any(x) for x in jax.tree.leaves(moves[iteration]))
+    assert learner_settings().rate(jnp.int32(3)) == 1.0
+
+
 def test_plus_statistics_and_metrics(plus: dict[str, Any]) -> None:
     episodes, metrics = plus["episodes"], plus["metrics"]
     active = np.asarray(episodes.steps.active)
