@@ -54,8 +54,8 @@ def _embedded(c: ConfigDict) -> None:
     c.rollout.group_size = 4
     c.rollout.cost_lambda = 3.0  # a pass costs as much as 5 % accuracy
     c.rollout.save_relation = False
-    # 256 pooled states beside 15 features are more than 80 iterations can use, and at constant rates
-    # what the last iterations happen to draw decides (README, "What the policy learns").
+    # 256 pooled states beside 15 features are more than 80 iterations can use, and at constant
+    # rates the last few draws decide too much (README, "What the policy learns").
     c.rollout.use_hidden = False
     c.optim.anneal = True
     # O_SCOPE writes what is sure on the whole canvas, O_NUM and O_OP in their class, O_FAST all
