@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--config", default="configs/gsm8k.py")
-    parser.add_argument("--problems", type=int, default=1024, help="held-out problems")
+    parser.add_argument("--problems", type=int, default=2048, help="held-out problems")
     parser.add_argument("--root", default="runs/bench_embedded")
     parser.add_argument("--skip-paper", action="store_true")
     parser.add_argument("--json", default="")
